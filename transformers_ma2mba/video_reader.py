@@ -1,0 +1,378 @@
+"""Frames out of a film at a steady rate, in memory bounded by the frames that are kept.
+
+`iter_frames` and `read_video` give what a viewer sees at 0, 1, 2, … seconds, or at any other rate: the frame on screen
+at that moment, upright, with square pixels. Only those frames are converted to RGB, each is handed to `transform` at
+once, and only what `transform` returns is held. FFmpeg decodes, through PyAV.
+"""
+
+import io
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from typing import BinaryIO
+
+import av
+import numpy as np
+from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
+from transformers.utils.logging import tqdm
+
+Source = str | os.PathLike | bytes | BinaryIO
+Transform = Callable[[np.ndarray], np.ndarray]
+
+# What PyAV raises, and what a file object raises that fails while it is read.
+_READ_ERRORS = (av.FFmpegError, OSError)
+# Containers round times to their clock's ticks: of 1 ms in Matroska, far shorter ones in MP4 and MPEG-TS. In AVI a
+# tick is a whole frame, to which nothing is rounded, so no more than this many seconds are put down to rounding.
+_MAX_TICK = 1e-3
+# A film that lacks no more than this many seconds at its end is not warned about.
+_NEGLIGIBLE_LOSS = 0.5
+# No more memory than this is reserved on the word of a file's header.
+_MAX_RESERVED_BYTES = 2**32
+
+
+class VideoReadError(ValueError):
+    """A file that cannot be read as a video: which one, why, and what to do about it."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What `probe` finds out about a film.
+
+    width, height: of its frames as shown: upright, with square pixels.
+    duration: in seconds, by the file's own account, which in Matroska may be the sound's; None where it gives none.
+    average_rate: in frames per second; None if unknown.
+    rotation: counter-clockwise degrees, 0 to 359, by which the stored frames are turned to stand upright.
+    codec: FFmpeg's name of the decoder, such as "h264".
+    """
+
+    width: int
+    height: int
+    duration: float | None
+    average_rate: float | None
+    rotation: int
+    codec: str
+
+
+def probe(source: Source) -> VideoInfo:
+    """Describes a film after decoding no more than its first frame. For `source` and errors see `iter_frames`."""
+    with _open(source) as film:
+        _, frame = next(film.frames(frame_rate=1.0))
+        height, width, _ = film.picture(frame).shape
+        return VideoInfo(width, height, film.duration, film.average_rate, frame.rotation % 360, film.codec.name)
+
+
+def iter_frames(
+    source: Source, frame_rate: float = 1.0, transform: Transform | None = None
+) -> Iterator[tuple[float, np.ndarray]]:
+    """Yields what a film shows at 0, 1/frame_rate, 2/frame_rate, … seconds, up to its end.
+
+    Shown at time t is the last frame whose presentation time is at most t; the first frame's time is 0. A frame that
+    is shown at several of these times is one and the same array.
+
+    Args:
+        source: a path, a URL (whatever has "://" in it goes to FFmpeg as it is), the bytes of a file, or a binary file
+            object, read from its beginning if it can seek.
+        frame_rate: frames per second of film, above 0.
+        transform: called once for each frame that is kept, for example to resize it.
+
+    Yields:
+        (time, frame): seconds from the start of the film, and (height, width, 3) uint8 RGB or what `transform` makes
+        of it. Frames are upright and have square pixels. A film that changes its size keeps that of its first frame.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        VideoReadError: if it is not a video that can be decoded.
+        ValueError: if `frame_rate` is not a finite number above 0; raised by the call itself.
+
+    Warns:
+        UserWarning: if the film ends earlier than its file says, or damaged packets were skipped.
+    """
+    frame_rate = _checked_frame_rate(frame_rate)
+
+    def frames():
+        with _open(source) as film:
+            yield from _sample(film, frame_rate, transform)
+
+    return frames()
+
+
+def read_video(
+    source: Source, frame_rate: float = 1.0, transform: Transform | None = None, progress: bool | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reads what `iter_frames` yields into one array, in hardly more memory than the array's.
+
+    Args:
+        source, frame_rate, transform: as for `iter_frames`; `transform` must return one shape for all frames.
+        progress: whether to show a bar, in seconds of film. Unless given, it appears if reading takes over 2 seconds.
+
+    Returns:
+        frames: (num_frames, height, width, 3) uint8 RGB, or (num_frames, *shape) of what `transform` returns.
+        timestamps: (num_frames,) float64 seconds from the start of the film.
+
+    Raises, warns: as `iter_frames`; ValueError also if `transform` returns different shapes.
+    """
+    frame_rate = _checked_frame_rate(frame_rate)
+    num_frames = 0
+    with _open(source) as film:
+        seconds = film.duration or 0
+        bar = tqdm(
+            desc=os.path.basename(film.name),
+            total=round(seconds) or None,
+            unit="s",
+            delay=0 if progress else 2,
+            disable=progress is False,
+        )
+        with bar:
+            for time, frame in _sample(film, frame_rate, transform):
+                frame = np.asarray(frame)
+                if num_frames == 0:
+                    # Memory is not taken before it is written to, so that reserving too much costs nothing.
+                    reserved = min(math.ceil(seconds * frame_rate), _MAX_RESERVED_BYTES // max(frame.nbytes, 1)) + 1
+                    frames = np.empty((reserved, *frame.shape), frame.dtype)
+                elif frame.shape != frames.shape[1:]:
+                    raise ValueError(
+                        f"transform must return one shape for all frames of {film.name}; it returned {frame.shape} at "
+                        f"{time:g} seconds and {frames.shape[1:]} before."
+                    )
+                elif num_frames == len(frames):
+                    # By a tenth only: resize fills what it adds with zeros, which does take memory.
+                    frames.resize((num_frames + num_frames // 10 + 16, *frame.shape), refcheck=False)
+                frames[num_frames] = frame
+                num_frames += 1
+                bar.update(int(time) - int(max(0.0, time - 1 / frame_rate)))
+    frames.resize((num_frames, *frames.shape[1:]), refcheck=False)
+    return frames, np.arange(num_frames) / frame_rate
+
+
+def _sample(film: "_Film", frame_rate: float, transform: Transform | None) -> Iterator[tuple[float, np.ndarray]]:
+    """Samples and holds: a frame is on screen until the time of the next, and the last one until the film ends."""
+    index, on_screen = 0, None
+    for until, next_frame in film.frames(frame_rate):
+        picture = None
+        while on_screen is not None and index / frame_rate < until - film.tolerance:
+            if picture is None:
+                picture = film.picture(on_screen)
+                if transform is not None:
+                    picture = transform(picture)
+            yield index / frame_rate, picture
+            index += 1
+        on_screen = next_frame
+
+
+class _Film:
+    """The best video stream of an open container; messages call the file by `name`."""
+
+    def __init__(self, container: av.container.InputContainer, name: str):
+        streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+        if not streams:
+            raise VideoReadError(f"{name} has no video, only sound or a cover picture: give a file that has one.")
+        best = container.streams.best("video")
+        stream = best if best in streams else streams[0]
+        if stream.codec_context is None:
+            raise VideoReadError(f"{name} is in a format that this FFmpeg cannot decode: convert it, say, to H.264.")
+        stream.thread_type = "AUTO"  # decodes several frames at a time if the codec allows
+        rate = stream.average_rate or stream.guessed_rate
+        self.container, self.stream, self.codec, self.name = container, stream, stream.codec_context, name
+        self.average_rate = float(rate) if rate else None
+        self.tick = float(stream.time_base)
+        self.tolerance = 0.6 * min(self.tick, _MAX_TICK)  # seconds: half a tick of rounding, and some in the rate
+        self._start = None  # the first frame's timestamp, in ticks
+        self._is_interlaced = False  # whether any frame so far was
+        self._size = None  # the first frame's (width, height) in square pixels, before it is turned upright
+        self._reformatter = VideoReformatter()
+        self._num_packets = self._num_damaged = 0
+        self._other_packet = None  # the last one of another stream
+        self._failure = None  # the error that reading broke off with
+
+    @property
+    def duration(self) -> float | None:
+        """Seconds that the video lasts by the file's account or, failing that, those that the whole file lasts."""
+        if (self.stream.duration or 0) > 0:
+            return self.stream.duration * self.tick
+        # Matroska and Flash count from 0, whenever the film starts.
+        length = (self.container.duration or 0) - max(self.container.start_time or 0, 0)
+        return length / av.time_base if length > 0 else None
+
+    def picture(self, frame: av.VideoFrame) -> np.ndarray:
+        """A decoded frame as (height, width, 3) uint8 RGB, upright, with square pixels."""
+        if self._size is None:
+            self._size = max(1, round(frame.width * (self.stream.sample_aspect_ratio or 1))), frame.height
+        interpolation = None if self._size == (frame.width, frame.height) else "BICUBIC"
+        rgb = self._reformatter.reformat(frame, *self._size, format="rgb24", interpolation=interpolation)
+        pixels = rgb.to_ndarray()
+        if (matrix := frame.side_data.get("DISPLAYMATRIX")) is not None:
+            # The pixel at column x and row y is shown at column a x + c y and row b x + d y, but for an offset.
+            a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
+            if abs(b) > abs(a):
+                pixels, a, d = pixels.swapaxes(0, 1), c, b
+            pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+        return np.ascontiguousarray(pixels)
+
+    def frames(self, frame_rate: float) -> Iterator[tuple[float, av.VideoFrame | None]]:
+        """Yields (seconds from the start, frame) in the order shown and lastly (seconds at which the film ends, None).
+
+        Frames that have left the screen before the next sample at `frame_rate` may be missing.
+        """
+        usual_length = 1 / (self.average_rate or 25)
+        frame, time, end = None, 0.0, 0.0
+        for frame in self._decode(frame_rate):
+            self._is_interlaced |= frame.interlaced_frame
+            if frame.pts is None:
+                time = end
+            else:
+                if self._start is None or self._seconds(frame.pts) < time - 1:
+                    # The film starts; or a second recording was joined to it, and goes on where the first one ended.
+                    self._start = frame.pts - round(end / self.tick)
+                # AVI stores no presentation times, and those FFmpeg infers may step back a little.
+                time = max(time, self._seconds(frame.pts))
+            end = time + (self.tick * (frame.duration or 0) or usual_length)
+            yield time, frame
+        if frame is None:
+            raise VideoReadError(
+                f"Not one frame of {self.name} could be decoded: the file is damaged or encrypted; copy it again."
+            )
+        # The last frame's time and length may both be rounded up; yet the shortest film shows its first frame.
+        yield max(end - self.tolerance, 2 * self.tolerance), None
+        self._warn_of_losses(end)
+
+    def _seconds(self, pts: int) -> float:
+        return (pts - self._start) * self.tick
+
+    def _decode(self, frame_rate: float) -> Iterator[av.VideoFrame]:
+        """Decodes what is intact, except hidden frames from which no other frame is predicted.
+
+        A frame is hidden if a later one, already in the decoder, takes its place before the next sample. Only H.264
+        marks frames such that this is exact, and those made of two fields, which may come one by one, are kept whole.
+        """
+        latest_pts = None
+        for packet in self._packets():
+            hidden = False
+            marks_references = self.codec.name == "h264" and not self._is_interlaced
+            if marks_references and None not in (packet.pts, latest_pts, self._start) and packet.pts < latest_pts:
+                # Is there no sample between the two? Half a tolerance on both sides makes up for inexact arithmetic.
+                first = self._seconds(packet.pts) - 1.5 * self.tolerance
+                last = self._seconds(latest_pts) - 0.5 * self.tolerance
+                hidden = math.floor(first * frame_rate) == math.floor(last * frame_rate)
+            self.codec.skip_frame = "NONREF" if hidden else "DEFAULT"
+            try:
+                frames = packet.decode()
+            except _READ_ERRORS:
+                self._num_damaged += 1
+                continue
+            if packet.pts is not None and (latest_pts is None or packet.pts > latest_pts):
+                latest_pts = packet.pts
+            yield from frames
+        try:
+            frames = self.codec.decode(None)  # those held back to come in their order
+        except _READ_ERRORS:
+            self._num_damaged += 1
+        else:
+            yield from frames
+
+    def _packets(self) -> Iterator[av.Packet]:
+        """Yields the video's intact packets, until the file ends or cannot be read on."""
+        packets = self.container.demux()
+        while True:
+            try:
+                packet = next(packets, None)
+            except _READ_ERRORS as error:
+                self._failure = error
+                return
+            if packet is None:
+                return
+            if packet.stream_index != self.stream.index:
+                self._other_packet = packet if packet.pts is not None else self._other_packet
+            elif packet.size:  # the decoder would take an empty packet for the end
+                self._num_packets += 1
+                if packet.is_corrupt:
+                    self._num_damaged += 1
+                else:
+                    yield packet
+
+    def _warn_of_losses(self, end: float):
+        """Warns, once, if a film that ended at `end` seconds should have gone on, or had damaged packets."""
+        if (other := self._other_packet) is not None:  # the duration may be that of the sound
+            reached = max(end, float(other.pts * other.time_base) - (self._start or 0) * self.tick)
+        else:
+            reached = end
+        is_whole = 0 < self.stream.frames <= self._num_packets
+        losses = []
+        if self.duration is not None and reached < self.duration - _NEGLIGIBLE_LOSS and not is_whole:
+            losses.append(f"ends early: {end:.1f} of {self.duration:.1f} seconds could be decoded")
+        elif self._failure is not None:
+            losses.append(f"ends early: after {end:.1f} seconds reading failed ({_reason(self._failure)})")
+        if self._num_damaged:
+            losses.append(f"is damaged: {self._num_damaged} of {self._num_packets} packets could not be decoded")
+        if losses:
+            warnings.warn(f"{self.name} {' and '.join(losses)}.", UserWarning, stacklevel=2)
+
+
+@contextmanager
+def _open(source: Source) -> Iterator[_Film]:
+    """Opens a film, and closes it in the end."""
+    file, name = _file_and_name(source)
+    try:
+        container = av.open(file, mode="r", metadata_errors="ignore")
+    except av.error.InvalidDataError as error:
+        advice = "is not a video that FFmpeg can read: check what it is, or convert it to MP4."
+        if _first_bytes(file)[4:8] == b"ftyp":  # an MP4 after all
+            advice = "has no index (moov atom), as if recording or copying it was cut short: make or copy it again."
+        raise VideoReadError(f"{name} {advice}") from error
+    except _READ_ERRORS as error:
+        raise VideoReadError(f"{name} could not be opened ({_reason(error)}): check access to it.") from error
+    with container:
+        yield _Film(container, name)
+
+
+def _file_and_name(source: Source) -> tuple[str | BinaryIO, str]:
+    """What PyAV is to open, and what messages call it."""
+    if isinstance(source, (str, os.PathLike)):
+        path = os.fspath(source)
+        if "://" in path:
+            return path, path
+        if os.path.isdir(path):
+            raise VideoReadError(f"{path} is a directory: give the path of one video file.")
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"There is no file {path}: check its path.")
+        if os.path.isfile(path) and os.path.getsize(path) == 0:
+            raise VideoReadError(f"{path} is empty (0 bytes): make or copy it again.")
+        return os.path.abspath(path), path  # FFmpeg takes a relative path with a colon in it for a URL
+    name = f"<{type(source).__name__}>"
+    if isinstance(source, bytes):
+        return io.BytesIO(source), name
+    if not hasattr(source, "read") or isinstance(source, io.TextIOBase):
+        raise TypeError(f"A video must be a path, a URL, bytes, or a file opened in binary mode; got {name}.")
+    _rewind(source)
+    return source, source.name if isinstance(getattr(source, "name", None), str) else name
+
+
+def _first_bytes(file: str | BinaryIO) -> bytes:
+    """As many bytes as show a file's type, or none if it cannot be read twice."""
+    if isinstance(file, str):
+        if not os.path.isfile(file):
+            return b""
+        with open(file, "rb") as opened:
+            return opened.read(12)
+    return file.read(12) if _rewind(file) else b""
+
+
+def _rewind(file: BinaryIO) -> bool:
+    can_seek = file.seekable() if hasattr(file, "seekable") else hasattr(file, "seek")
+    if can_seek:
+        file.seek(0)
+    return can_seek
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _checked_frame_rate(frame_rate: float) -> float:
+    if not isinstance(frame_rate, Real) or not 0 < frame_rate < math.inf:
+        raise ValueError(f"frame_rate must be a finite number of frames per second above 0; got {frame_rate!r}.")
+    return float(frame_rate)
