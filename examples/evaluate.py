@@ -1,0 +1,67 @@
+"""Measures by kind of question how often the pipeline answers just as a list says, and prints a table.
+
+    python examples/evaluate.py --model demo/model demo/data/validation.json demo/data/long.json
+
+Each list is in the LLaVA-Video format; `kinds`, if its rows have them, name the kind of each question. Every question
+is asked on its own. "guessing" is what always giving the most frequent answer would get.
+"""
+
+import argparse
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from transformers import pipeline
+
+import transformers_ma2mba  # noqa: F401  registers the pipeline
+from transformers_ma2mba.data_collator import conversation_to_messages
+
+
+def evaluate(qa, path: Path) -> dict[str, dict[str, float]]:
+    """Accuracy and guessing rate of each kind, and of all questions under "all"."""
+    answers = defaultdict(list)
+    rows = json.loads(path.read_text())
+    for row in rows:
+        turns = [message["content"][-1]["text"] for message in conversation_to_messages(row)]
+        questions, expected = turns[0::2], turns[1::2]
+        given = qa(video=str(path.parent / row["video"]), question=questions)
+        for kind, right, entry in zip(row.get("kinds", [""] * len(questions)), expected, given, strict=True):
+            answers[kind].append((right, entry["answer"]))
+    results = {}
+    for kind, pairs in sorted(answers.items()):
+        most_frequent = Counter(right for right, _ in pairs).most_common(1)[0][1]
+        results[kind] = {
+            "accuracy": sum(right == answer for right, answer in pairs) / len(pairs),
+            "guessing": most_frequent / len(pairs),
+            "questions": len(pairs),
+        }
+    total = sum(result["questions"] for result in results.values())
+    results["all"] = {
+        name: sum(result[name] * result["questions"] for result in results.values()) / total
+        for name in ("accuracy", "guessing")
+    }
+    results["all"]["questions"] = total
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--output_file", type=Path, help="where to write the figures as JSON")
+    parser.add_argument("files", type=Path, nargs="+")
+    args = parser.parse_args()
+    qa = pipeline("video-question-answering", model=args.model)
+    results = {path.stem: evaluate(qa, path) for path in args.files}
+    if args.output_file:
+        args.output_file.write_text(json.dumps(results, indent=1) + "\n")
+
+    first = next(iter(results.values()))
+    print("| kind | guessing |" + "".join(f" {name} |" for name in results))
+    print("| --- | ---: |" + " ---: |" * len(results))
+    for kind in first:
+        row = "".join(f" {result[kind]['accuracy']:.3f} |" for result in results.values())
+        print(f"| {kind} | {first[kind]['guessing']:.3f} |{row}")
+
+
+if __name__ == "__main__":
+    main()

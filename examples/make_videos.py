@@ -1,0 +1,170 @@
+"""Writes short .mp4 films with questions that no single frame can answer, in the LLaVA-Video format.
+
+    python examples/make_videos.py --output_dir demo/data
+
+Each film has six things going on at their own times, each in its place:
+
+    top left      a white shape appears for a while       what: which shape?   when: at the start, middle or end?
+    top right     a ball crosses, again and again         direction: which way?
+    bottom left   two coloured blocks, one by one         first: which colour?
+    bottom right  a lamp blinks                           count: how often?
+    whole frame   a coloured flash of one second          flash: which colour?
+
+`train.json`, `validation.json` and `long.json` (films four times as long as the longest training film) list rows of
+`video`, `conversations` (human and gpt turns, one question a kind) and `kinds`; the same seed gives the same files.
+Point `examples/train.py` to your own list of the same form to train on real data.
+"""
+
+import argparse
+import json
+import math
+import random
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import av
+import numpy as np
+
+SIDE = 128  # pixels
+FPS = 4  # frames per second of the files; the model looks once a second
+COLOURS = {"red": (230, 60, 50), "green": (60, 200, 80), "blue": (70, 110, 240), "yellow": (240, 210, 60)}
+QUESTIONS = {
+    "what": ("Which shape appears?", ("circle", "square", "triangle", "cross")),
+    "when": ("When does the shape appear?", ("start", "middle", "end")),
+    "direction": ("Which way does the ball move?", ("left", "right", "up", "down")),
+    "first": ("Which colour comes first?", tuple(COLOURS)),
+    "count": ("How often does the lamp blink?", ("once", "twice", "three times", "four times")),
+    "flash": ("Which colour is the flash?", tuple(COLOURS)),
+}
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+
+
+def plan_film(seconds: int, answers: dict[str, str], rng: random.Random) -> dict:
+    """Decides what happens when, in whole seconds, such that `answers` are the right ones."""
+    shown = rng.randint(2, 3)
+    earliest, latest = {
+        "start": (0, 0),
+        "middle": (2, seconds - shown - 2),
+        "end": (seconds - shown, seconds - shown),
+    }[answers["when"]]
+    shape_start = rng.randint(earliest, latest)
+    second_colour = rng.choice([colour for colour in COLOURS if colour != answers["first"]])
+    block_starts = sorted(rng.sample(range(0, seconds - 2, 3), 2))
+    blinks = QUESTIONS["count"][1].index(answers["count"]) + 1
+    return {
+        "seconds": seconds,
+        "shape": (answers["what"], shape_start, shape_start + shown),
+        "ball": (answers["direction"], rng.uniform(5, 8), rng.random()),  # seconds a crossing, where it starts
+        "blocks": list(zip([answers["first"], second_colour], block_starts, strict=True)),
+        # every other second at most, so that two blinks never run into one
+        "blinks": rng.sample(range(0, seconds, 2), blinks),
+        "flash": (answers["flash"], rng.randrange(seconds)),
+        "texture": rng.randrange(2**32),
+    }
+
+
+def render(film: dict):
+    """Yields the film's frames, `(SIDE, SIDE, 3)` uint8."""
+    half = SIDE // 2
+    rows, columns = np.mgrid[:half, :half]  # of one quarter of the frame
+    x = y = half // 2
+    disc = (columns - x) ** 2 + (rows - y) ** 2
+    bars = (abs(columns - x) <= 6) | (abs(rows - y) <= 6)
+    shapes = {
+        "circle": disc <= 22**2,
+        "square": (abs(columns - x) <= 20) & (abs(rows - y) <= 20),
+        "triangle": (rows >= y - 22) & (rows <= y + 20) & (abs(columns - x) <= (rows - (y - 22)) * 0.55),
+        "cross": (abs(columns - x) <= 22) & (abs(rows - y) <= 22) & bars,
+    }
+    texture = np.random.default_rng(film["texture"]).integers(20, 40, size=(SIDE // 8, SIDE // 8, 1), dtype=np.uint8)
+    background = texture.repeat(8, 0).repeat(8, 1).repeat(3, 2)
+
+    for second in range(film["seconds"]):
+        still = background.copy()
+        top_left, bottom_left, bottom_right = still[:half, :half], still[half:, :half], still[half:, half:]
+        bottom_right[disc <= 20**2] = 70  # the lamp is there when it is off, too
+        if film["flash"][1] == second:
+            still[:] = COLOURS[film["flash"][0]]
+        shape, start, end = film["shape"]
+        if start <= second < end:
+            top_left[shapes[shape]] = 245
+        for colour, start in film["blocks"]:
+            if start <= second < start + 3:
+                bottom_left[shapes["square"]] = COLOURS[colour]
+        if second in film["blinks"]:
+            bottom_right[disc <= 20**2] = (255, 250, 225)
+
+        direction, crossing, phase = film["ball"]
+        step_x, step_y = DIRECTIONS[direction]
+        for part in range(FPS):
+            frame = still.copy()
+            travelled = (phase + (second + part / FPS) / crossing) * half
+            # Leaving on one side, it comes back on the other.
+            away_x = (columns - step_x * travelled) % half - x
+            away_y = (rows - step_y * travelled) % half - y
+            frame[:half, half:][away_x**2 + away_y**2 <= 17**2] = (250, 150, 60)
+            yield frame
+
+
+def write_film(path: Path, film: dict):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "20"})
+        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+        stream.thread_count = 1
+        for frame in render(film):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def make_split(name: str, count: int, lengths: tuple[int, int], output_dir: Path, seed: int) -> list:
+    """The rows of one split and the jobs that write its films. Each kind's answers are as balanced as can be."""
+    rng = random.Random(f"{seed}/{name}")
+    answers = {}
+    for kind, (_, choices) in QUESTIONS.items():
+        answers[kind] = [choices[i % len(choices)] for i in range(count)]
+        rng.shuffle(answers[kind])
+    rows, jobs = [], []
+    for i in range(count):
+        film_answers = {kind: answers[kind][i] for kind in QUESTIONS}
+        # Short films as often as long ones, by ratio: what holds across lengths holds for longer films, too.
+        seconds = round(math.exp(rng.uniform(*map(math.log, lengths))))
+        film = plan_film(seconds, film_answers, rng)
+        kinds = rng.sample(list(QUESTIONS), len(QUESTIONS))
+        turns = []
+        for kind in kinds:
+            turns.append({"from": "human", "value": QUESTIONS[kind][0]})
+            turns.append({"from": "gpt", "value": film_answers[kind]})
+        turns[0]["value"] = "<video>\n" + turns[0]["value"]
+        path = f"{name}/{i:05d}.mp4"
+        rows.append({"id": f"{name}-{i:05d}", "video": path, "conversations": turns, "kinds": kinds})
+        jobs.append((output_dir / path, film))
+    (output_dir / name).mkdir(parents=True, exist_ok=True)
+    (output_dir / f"{name}.json").write_text(json.dumps(rows, indent=1))
+    return jobs
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--num_train", type=int, default=1800)
+    parser.add_argument("--num_validation", type=int, default=120)
+    parser.add_argument("--num_long", type=int, default=60)
+    parser.add_argument("--min_seconds", type=int, default=8)
+    parser.add_argument("--max_seconds", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.min_seconds < 8:
+        parser.error("--min_seconds must be at least 8, so that everything fits into a film")
+
+    lengths, long = (args.min_seconds, args.max_seconds), (4 * args.max_seconds, 4 * args.max_seconds)
+    jobs = make_split("train", args.num_train, lengths, args.output_dir, args.seed)
+    jobs += make_split("validation", args.num_validation, lengths, args.output_dir, args.seed)
+    jobs += make_split("long", args.num_long, long, args.output_dir, args.seed)
+    with ProcessPoolExecutor() as pool:
+        for _ in pool.map(write_film, *zip(*jobs, strict=True), chunksize=16):
+            pass
+    print(f"{len(jobs)} films with {len(QUESTIONS)} questions each in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

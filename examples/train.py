@@ -1,0 +1,78 @@
+"""Trains a Ma²mba checkpoint on videos with the stock Trainer.
+
+    accelerate launch examples/train.py --model_name_or_path CHECKPOINT --train_file train.json \
+        --validation_file validation.json --output_dir trained --eval_strategy epoch
+
+Files are lists in the LLaVA-Video format: rows of `video` (a path, from the list's folder on) and `conversations`.
+All options of `transformers.TrainingArguments` work; `--resume_from_checkpoint` goes on where a run was stopped.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoModel, AutoProcessor, HfArgumentParser, Trainer, TrainingArguments, set_seed
+
+from transformers_ma2mba import DataCollatorForVideoQA
+
+
+@dataclass
+class Arguments:
+    model_name_or_path: str = field(metadata={"help": "The checkpoint to start from."})
+    train_file: str = field(metadata={"help": "A JSON list in the LLaVA-Video format."})
+    validation_file: str | None = field(default=None, metadata={"help": "Another, to measure accuracy on."})
+    video_folder: str | None = field(default=None, metadata={"help": "Where video paths start; the list's folder."})
+    keep_frames: bool = field(default=False, metadata={"help": "Keep decoded frames in memory; for small data sets."})
+    freeze: list[str] = field(default_factory=list, metadata={"help": "Modules to freeze, `vision_tower` for one."})
+
+
+def answer_accuracy(prediction) -> dict[str, float]:
+    """The share of answers whose tokens are all the most likely ones, their end included: those that greedy decoding
+    gets right, given the right answers to earlier questions."""
+    right = []
+    for predicted, labels in zip(prediction.predictions, prediction.label_ids, strict=True):
+        # Predictions are of supervised tokens alone; answers are runs of them.
+        positions = np.flatnonzero(labels[1:] != -100)
+        matches = labels[1:][positions] == predicted[: len(positions)]
+        answers = np.split(matches, np.flatnonzero(np.diff(positions) > 1) + 1)
+        right += [answer.all() for answer in answers]
+    return {"accuracy": float(np.mean(right))}
+
+
+def main():
+    args, training_args = HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses()
+    training_args.remove_unused_columns = False  # the collator needs the paths
+    set_seed(training_args.seed)
+
+    model = AutoModel.from_pretrained(args.model_name_or_path)
+    processor = AutoProcessor.from_pretrained(args.model_name_or_path)
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in args.freeze:
+            module.requires_grad_(False)
+
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=json.loads(Path(args.train_file).read_text()),
+        eval_dataset=json.loads(Path(args.validation_file).read_text()) if args.validation_file else None,
+        data_collator=DataCollatorForVideoQA(
+            processor,
+            folder=args.video_folder or Path(args.train_file).parent,
+            keep_frames=args.keep_frames,
+        ),
+        processing_class=processor,
+        compute_metrics=answer_accuracy,
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    if args.validation_file:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""`generate`: every way of decoding, from pixels and from a state, in batches, with and without the cache."""
+
+import copy
+from threading import Thread
+
+import pytest
+import torch
+from tiny import random_pixels, tiny_config, tiny_model
+from torch.testing import assert_close
+from transformers import TextIteratorStreamer, TextStreamer
+
+# The recurrent and the chunked form of a scan round differently in float32.
+ROUNDED = dict(rtol=1e-4, atol=1e-4)
+
+
+def make_inputs(config, num_frames=3, seed=0, question=(6, 7, 8)) -> dict:
+    """A prompt with one video and one image."""
+    video = [config.video_token_id] * config.tokens_per_frame * num_frames
+    image = [config.image_token_id] * config.tokens_per_frame
+    input_ids = torch.tensor([[5, *video, 9, *image, *question]])
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "pixel_values_videos": random_pixels(num_frames, seed=seed),
+        "pixel_values": random_pixels(1, seed=seed + 100),
+    }
+
+
+def pad_together(samples: list[dict]) -> dict:
+    """Several prompts as one batch, padded on the left."""
+    length = max(sample["input_ids"].shape[1] for sample in samples)
+
+    def pad(name, value):
+        rows = [torch.nn.functional.pad(s[name], (length - s[name].shape[1], 0), value=value) for s in samples]
+        return torch.cat(rows)
+
+    return {
+        "input_ids": pad("input_ids", 1),
+        "attention_mask": pad("attention_mask", 0),
+        "pixel_values_videos": torch.cat([sample["pixel_values_videos"] for sample in samples]),
+        "pixel_values": torch.cat([sample["pixel_values"] for sample in samples]),
+    }
+
+
+def generate(model, inputs, **options):
+    """The new tokens; always as many as `max_new_tokens` unless told otherwise."""
+    options = {"max_new_tokens": 12, "min_new_tokens": options.get("max_new_tokens", 12), **options}
+    options = {"do_sample": False, **options}
+    return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+
+
+def state_after(model, inputs):
+    with torch.no_grad():
+        return model(**inputs, use_cache=True).cache_params
+
+
+@torch.no_grad()
+def naive_greedy(model, inputs, num_tokens):
+    """The whole sequence again for every token."""
+    inputs = dict(inputs)
+    for _ in range(num_tokens):
+        logits = model(**inputs, use_cache=False).logits[:, -1]
+        logits[:, model.generation_config.eos_token_id] = -torch.inf  # as min_new_tokens has it
+        token = logits.argmax(-1, keepdim=True)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], token], 1)
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(token)], 1)
+    return inputs["input_ids"][:, -num_tokens:]
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_greedy_equals_running_everything_again_for_every_token(kind, use_cache):
+    config = tiny_config(kind)
+    model = tiny_model(config)
+    inputs = make_inputs(config)
+    expected = naive_greedy(model, inputs, 20)
+    assert len(expected.unique()) > 3  # no constant
+    assert torch.equal(generate(model, inputs, max_new_tokens=20, use_cache=use_cache), expected)
+
+
+def test_what_is_seen_matters(model, config):
+    inputs = make_inputs(config)
+    for name in ("pixel_values_videos", "pixel_values"):
+        other = {**inputs, name: 255 - inputs[name]}
+        assert not torch.equal(generate(model, inputs), generate(model, other)), name
+
+
+def test_generation_stops_at_the_end_of_text(model, config):
+    """By the model's own generation config, in which the language model's end of text stands."""
+    inputs = make_inputs(config)
+    tokens = generate(model, inputs)[0].tolist()
+    end = tokens[4]
+    expected = tokens[: tokens.index(end) + 1]
+    stopped = model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=end, min_new_tokens=0)
+    assert stopped[0, inputs["input_ids"].shape[1] :].tolist() == expected
+    assert model.generation_config.eos_token_id == config.text_config.eos_token_id
+    assert model.generation_config.pad_token_id == config.text_config.pad_token_id
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_sampling(model, config, use_cache):
+    inputs = make_inputs(config)
+    torch.manual_seed(0)
+    first = generate(model, inputs, do_sample=True, use_cache=use_cache)
+    again = generate(model, inputs, do_sample=True, use_cache=use_cache)
+    torch.manual_seed(0)
+    assert torch.equal(generate(model, inputs, do_sample=True, use_cache=use_cache), first)
+    assert not torch.equal(again, first)
+
+
+def test_sampling_with_and_without_the_cache_draws_the_same(model, config):
+    samples = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        options = dict(do_sample=True, num_return_sequences=3, use_cache=use_cache)
+        samples.append(generate(model, make_inputs(config), **options))
+    assert torch.equal(*samples)
+    assert len(samples[0].unique(dim=0)) == 3
+
+
+def naive_beam_search(model, inputs, num_beams, num_tokens):
+    """Without an end of text: the `num_beams` likeliest continuations, extended by one token at a time."""
+    prompt = inputs["input_ids"][0].tolist()
+    beams = [(0.0, [])]
+    for _ in range(num_tokens):
+        extended = []
+        for score, tokens in beams:
+            input_ids = torch.tensor([prompt + tokens])
+            whole = {**inputs, "input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+            with torch.no_grad():
+                log_probabilities = model(**whole, use_cache=False).logits[0, -1].log_softmax(-1)
+            log_probabilities[model.generation_config.eos_token_id] = -torch.inf
+            best = log_probabilities.topk(num_beams)
+            extended += [(score + s, [*tokens, t]) for s, t in zip(*map(torch.Tensor.tolist, best), strict=True)]
+        beams = sorted(extended, reverse=True)[:num_beams]
+    return torch.tensor([tokens for _, tokens in beams])
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_beam_search_equals_the_naive_one(model, config, use_cache):
+    inputs = make_inputs(config, num_frames=2, seed=1)
+    options = dict(max_new_tokens=6, num_beams=3, num_return_sequences=3, use_cache=use_cache)
+    found = generate(model, inputs, **options)
+    assert torch.equal(found, naive_beam_search(model, inputs, 3, 6))
+    assert not torch.equal(found[0], generate(model, inputs, max_new_tokens=6)[0])  # beams find something better
+
+
+def test_beam_search_in_a_batch_gives_each_beam_its_own_video(model, config):
+    samples = [make_inputs(config, 1, seed=1), make_inputs(config, 4, seed=2), make_inputs(config, 2, seed=3)]
+    together = generate(model, pad_together(samples), num_beams=3)
+    alone = torch.cat([generate(model, sample, num_beams=3) for sample in samples])
+    assert torch.equal(together, alone)
+    assert len(alone.unique(dim=0)) == 3
+
+
+# Batches
+
+
+@pytest.mark.parametrize("lengths", [(1, 2, 3), (5, 1), (2, 2, 2)], ids=str)
+def test_a_padded_batch_equals_one_by_one(model, config, lengths):
+    samples = [make_inputs(config, n, seed=n + i, question=range(20, 20 + 2 * i)) for i, n in enumerate(lengths)]
+    batch = pad_together(samples)
+    with torch.no_grad():
+        logits = model(**batch).logits
+        for row, sample in enumerate(samples):
+            alone = model(**sample).logits[0]
+            assert_close(logits[row, -len(alone) :], alone, **ROUNDED)
+    alone = torch.cat([generate(model, sample) for sample in samples])
+    assert torch.equal(generate(model, batch), alone)
+    assert torch.equal(generate(model, batch, use_cache=False), alone)
+    assert len(alone.unique(dim=0)) == len(samples)
+
+
+def test_texts_that_end_at_different_times(model, config):
+    """One that has ended is filled up with padding, which is no part of the others' state."""
+    samples = [make_inputs(config, 1, seed=1), make_inputs(config, 2, seed=2)]
+    alone = [generate(model, sample)[0].tolist() for sample in samples]
+    end = next(token for token in alone[0][1:] if token not in alone[1])
+    batch = pad_together(samples)
+    sequences = model.generate(**batch, max_new_tokens=12, do_sample=False, eos_token_id=[end, 0], min_new_tokens=12)
+    assert sequences.shape[1] == batch["input_ids"].shape[1] + 12
+    together = generate(model, batch, eos_token_id=end, min_new_tokens=0).tolist()
+    stop = alone[0].index(end) + 1
+    assert together[0] == alone[0][:stop] + [1] * (12 - stop)
+    assert together[1] == alone[1]
+
+
+# Streamers
+
+
+class Listener:
+    """Keeps what `generate` puts into it."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+def test_any_streamer(model, config):
+    inputs, listener = make_inputs(config), Listener()
+    tokens = generate(model, inputs, streamer=listener)
+    assert listener.ended and listener.tokens == inputs["input_ids"][0].tolist() + tokens[0].tolist()
+
+
+def test_text_streamer(model, config, processor, capsys):
+    inputs = make_inputs(config)
+    tokens = generate(model, inputs, streamer=TextStreamer(processor.tokenizer, skip_prompt=True))
+    assert capsys.readouterr().out.strip() == processor.decode(tokens[0]).strip()
+
+
+def test_text_iterator_streamer(model, config, processor):
+    inputs = make_inputs(config)
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, timeout=60)
+    thread = Thread(target=generate, args=(model, inputs), kwargs=dict(streamer=streamer))
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    assert text == processor.decode(generate(model, inputs)[0])
+
+
+# From a state
+
+
+@pytest.mark.parametrize("frames_before", [0, 3], ids=["text-then-text", "video-then-text"])
+def test_going_on_from_a_state(model, config, frames_before):
+    inputs = make_inputs(config) if frames_before else {"input_ids": torch.tensor([[5, 9, 30]])}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    question = torch.tensor([[11, 12, 13, 14]])
+    whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], question], 1)}
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    tokens = generate(model, {"input_ids": question}, cache_params=state_after(model, inputs))
+    assert torch.equal(tokens, generate(model, whole))
+
+
+@pytest.mark.parametrize("num_beams, num_return_sequences", [(3, 1), (3, 3), (1, 3)], ids=str)
+def test_beams_and_samples_from_a_state(model, config, num_beams, num_return_sequences):
+    """`generate` cannot expand a state by itself."""
+    options = dict(num_beams=num_beams, num_return_sequences=num_return_sequences, do_sample=num_beams == 1)
+    inputs, question = make_inputs(config), torch.tensor([[11, 12, 13]])
+    whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], question], 1)}
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    state = state_after(model, inputs)
+    torch.manual_seed(0)
+    expected = generate(model, whole, **options)
+    torch.manual_seed(0)
+    assert torch.equal(generate(model, {"input_ids": question}, cache_params=state, **options), expected)
+
+
+def test_beams_from_the_states_of_a_batch(model, config):
+    samples = [make_inputs(config, 2, seed=1), make_inputs(config, 2, seed=2)]
+    questions = torch.tensor([[11, 12, 13], [14, 15, 16]])
+    state = state_after(model, pad_together(samples))
+    together = generate(model, {"input_ids": questions}, cache_params=state, num_beams=2)
+    for row, sample in enumerate(samples):
+        question = {"input_ids": questions[row : row + 1]}
+        alone = generate(model, question, cache_params=state_after(model, sample), num_beams=2)
+        assert torch.equal(together[row : row + 1], alone)
+
+
+def test_a_copy_of_a_state_leaves_the_state_alone(model, config):
+    state = state_after(model, make_inputs(config))
+    before = [layer.recurrent_states[0].clone() for layer in state.layers]
+    first = generate(model, {"input_ids": torch.tensor([[11, 12]])}, cache_params=copy.deepcopy(state))
+    generate(model, {"input_ids": torch.tensor([[13, 14]])}, cache_params=copy.deepcopy(state), num_beams=2)
+    assert all(map(torch.equal, before, [layer.recurrent_states[0] for layer in state.layers]))
+    again = generate(model, {"input_ids": torch.tensor([[11, 12]])}, cache_params=copy.deepcopy(state))
+    assert torch.equal(first, again)
+
+
+def test_the_state_at_the_end_is_returned_and_goes_on(model, config):
+    inputs = make_inputs(config)
+    expected = generate(model, inputs, max_new_tokens=12)
+    output = model.generate(
+        **inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, return_dict_in_generate=True
+    )
+    last = output.sequences[:, -1:]  # the state has not seen the last token yet
+    rest = generate(model, {"input_ids": last}, cache_params=output.past_key_values, max_new_tokens=7)
+    assert torch.equal(torch.cat([output.sequences[:, -5:], rest], 1), expected)
+
+
+# What there is not
+
+
+@pytest.mark.parametrize("how", ["assistant", "prompt-lookup"])
+def test_assisted_decoding_is_refused(model, config, how):
+    """A recurrent state cannot take back what an assistant proposed in vain."""
+    options = {"assistant_model": model} if how == "assistant" else {"prompt_lookup_num_tokens": 2}
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        model.generate(**make_inputs(config), max_new_tokens=4, **options)
+
+
+def test_misspelt_options_are_refused(model, config):
+    with pytest.raises(ValueError, match="max_new_token"):
+        model.generate(**make_inputs(config), max_new_token=4)

@@ -1,0 +1,130 @@
+"""examples/make_videos.py: the same films for the same seed, and right answers that cannot be guessed."""
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+
+import make_videos
+import numpy as np
+import pytest
+from make_videos import COLOURS, FPS, QUESTIONS
+from tiny import EXAMPLES
+
+from transformers_ma2mba import probe, read_video
+
+SPLITS = ("train", "validation", "long")
+
+
+def write_films(folder, seed):
+    options = dict(num_train=2, num_validation=1, num_long=1, min_seconds=8, max_seconds=10, seed=seed)
+    command = [sys.executable, str(EXAMPLES / "make_videos.py"), "--output_dir", str(folder)]
+    subprocess.run(command + [f"--{name}={value}" for name, value in options.items()], check=True, timeout=300)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    return write_films(tmp_path_factory.mktemp("films"), seed=1)
+
+
+def rows_of(folder, split) -> list[dict]:
+    return json.loads((folder / f"{split}.json").read_text())
+
+
+def test_the_same_seed_gives_the_same_files(films, tmp_path):
+    again, other = write_films(tmp_path / "again", seed=1), write_films(tmp_path / "other", seed=2)
+    for split in SPLITS:
+        assert (again / f"{split}.json").read_bytes() == (films / f"{split}.json").read_bytes()
+        assert (other / f"{split}.json").read_bytes() != (films / f"{split}.json").read_bytes()
+        for row in rows_of(films, split):
+            frames, _ = read_video(films / row["video"], FPS)
+            assert np.array_equal(read_video(again / row["video"], FPS)[0], frames)
+            assert not np.array_equal(read_video(other / row["video"], FPS)[0], frames)
+
+
+def test_rows_are_in_the_llava_video_format(films):
+    for split, count in zip(SPLITS, (2, 1, 1), strict=True):
+        rows = rows_of(films, split)
+        assert len(rows) == count
+        for row in rows:
+            assert (films / row["video"]).is_file()
+            turns = row["conversations"]
+            assert [turn["from"] for turn in turns] == ["human", "gpt"] * len(QUESTIONS)
+            assert sorted(row["kinds"]) == sorted(QUESTIONS) and len(QUESTIONS) >= 6
+            assert turns[0]["value"].startswith("<video>\n")
+            for kind, question, answer in zip(row["kinds"], turns[0::2], turns[1::2], strict=True):
+                assert question["value"].removeprefix("<video>\n") == QUESTIONS[kind][0]
+                assert answer["value"] in QUESTIONS[kind][1]
+
+
+def test_films_are_h264_and_the_long_ones_four_times_as_long(films):
+    durations = {}
+    for split in SPLITS:
+        infos = [probe(films / row["video"]) for row in rows_of(films, split)]
+        assert all(info.codec == "h264" for info in infos)
+        durations[split] = [info.duration for info in infos]
+    assert all(8 <= duration <= 10 for duration in durations["train"] + durations["validation"])
+    assert durations["long"] == [40]
+
+
+@pytest.mark.parametrize("count", [12, 60, 120, 1800])
+def test_guessing_is_right_at_most_about_once_in_three(tmp_path, count):
+    make_videos.make_split("train", count, (10, 20), tmp_path, seed=0)
+    answers = {kind: Counter() for kind in QUESTIONS}
+    for row in rows_of(tmp_path, "train"):
+        for kind, turn in zip(row["kinds"], row["conversations"][1::2], strict=True):
+            answers[kind][turn["value"]] += 1
+    for kind, counter in answers.items():
+        assert sum(counter.values()) == count
+        assert counter.most_common(1)[0][1] <= 0.35 * count, kind
+        assert counter.keys() == set(QUESTIONS[kind][1]), kind
+
+
+def what_is_seen(frames: np.ndarray) -> dict[str, str]:
+    """The right answers, from pixels alone; `frames` are all of them, `FPS` a second."""
+    seconds = frames[::FPS]
+    colours = {colour: name for name, colour in COLOURS.items()}
+    in_the_corner = [colours.get(tuple(pixel)) for pixel in seconds[:, -1, -1]]
+    (flash,) = filter(None, in_the_corner)  # for one second
+
+    shown = np.flatnonzero((seconds[:, 32, 32] == 245).all(-1))
+    assert (np.diff(shown) == 1).all()
+    when = "start" if shown[0] == 0 else "end" if shown[-1] == len(seconds) - 1 else "middle"
+    shape = (seconds[shown[0], :64, :64] == 245).all(-1)
+    what = (
+        "square" if shape[15, 15] else "triangle" if not shape[32, 12] else "cross" if shape.sum() < 1200 else "circle"
+    )
+
+    lit = [tuple(pixel) == (255, 250, 225) for pixel in seconds[:, 96, 96]]
+    blinks = sum(now and not before for before, now in pairwise([False, *lit]))
+
+    blocks = [colours.get(tuple(second[96, 32])) for second in seconds]
+    blocks = [block for block, flashing in zip(blocks, in_the_corner, strict=True) if block and not flashing]
+
+    # Where the ball is a quarter of a second later; it comes back on the other side.
+    ball = (frames[:, :64, 64:] == (250, 150, 60)).all(-1)
+    overlap = {
+        name: sum((np.roll(now, (2 * y, 2 * x), (0, 1)) & later).sum() for now, later in pairwise(ball))
+        for name, (x, y) in make_videos.DIRECTIONS.items()
+    }
+    return {
+        "what": what,
+        "when": when,
+        "direction": max(overlap, key=overlap.get),
+        "first": blocks[0],
+        "count": QUESTIONS["count"][1][blinks - 1],
+        "flash": flash,
+    }
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_answers_are_right(seed):
+    rng = random.Random(seed)
+    answers = {kind: rng.choice(choices) for kind, (_, choices) in QUESTIONS.items()}
+    film = make_videos.plan_film(rng.randint(8, 40), answers, rng)
+    frames = np.stack(list(make_videos.render(film)))
+    assert len(frames) == film["seconds"] * FPS
+    assert what_is_seen(frames) == answers

@@ -1,0 +1,181 @@
+"""The loss and its gradients against cross-entropy over the logits of every position."""
+
+import pytest
+import torch
+from tiny import VOCABULARY, random_pixels, tiny_config, tiny_model
+from torch.testing import assert_close
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+# Logits are float32 by Transformers' convention, and so are the language model's norms and scans inside.
+ROUNDED = dict(rtol=2e-6, atol=1e-7)
+
+
+@pytest.fixture
+def double(config):
+    """The tiny model in float64, in training mode, for one test alone."""
+    return tiny_model(config, dtype=torch.float64).train()
+
+
+def make_batch(config) -> dict:
+    """Two conversations of two turns, the shorter one padded on the left; answers are supervised, ends included."""
+    video = [config.video_token_id] * config.tokens_per_frame
+    image = [config.image_token_id] * config.tokens_per_frame
+    long = [5, *video, *video, 6, 7, 0, 20, 21, 0, 8, 9, 0, 22, 0]
+    long_labels = [-100] * 12 + [20, 21, 0] + [-100] * 3 + [22, 0]
+    short = [5, *image, *video, 6, 23, 24, 25, 0]
+    short_labels = [-100] * 10 + [23, 24, 25, 0]
+    missing = len(long) - len(short)
+    return {
+        "input_ids": torch.tensor([long, [1] * missing + short]),
+        "labels": torch.tensor([long_labels, [-100] * missing + short_labels]),
+        "attention_mask": torch.tensor([[1] * len(long), [0] * missing + [1] * len(short)]),
+        "pixel_values": random_pixels(1),
+        "pixel_values_videos": random_pixels(3, seed=1),
+    }
+
+
+def naive_loss(model, inputs, labels, divisor=None) -> torch.Tensor:
+    """Mean over all supervised tokens of minus the log probability that the position before gives them."""
+    log_probabilities = model(**inputs).logits.double().log_softmax(-1)
+    total, count = 0.0, 0
+    for row in range(len(labels)):
+        for position in range(1, labels.shape[1]):
+            if (label := int(labels[row, position])) != -100:
+                total = total - log_probabilities[row, position - 1, label]
+                count += 1
+    return total / (divisor or count)
+
+
+def split(batch):
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}, batch["labels"]
+
+
+def gradients(model, loss) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_loss_and_gradients_equal_those_of_full_logits(kind):
+    config = tiny_config(kind)
+    model = tiny_model(config, dtype=torch.float64).train()
+    inputs, labels = split(make_batch(config))
+    output = model(**inputs, labels=labels)
+    expected = naive_loss(model, inputs, labels)
+    assert_close(output.loss.double(), expected, **ROUNDED)
+    assert expected > 1  # there is something to learn
+
+    actual, expected = gradients(model, output.loss), gradients(model, expected)
+    assert actual.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in actual.items():
+        assert (gradient - expected[name]).abs().max() < 1e-5 * largest, name
+
+
+def test_labels_equal_to_the_ids_supervise_every_position_but_the_first(double):
+    input_ids = torch.arange(2, 32).view(2, 15)
+    assert_close(
+        double(input_ids, labels=input_ids).loss.double(),
+        naive_loss(double, {"input_ids": input_ids}, input_ids),
+        **ROUNDED,
+    )
+
+
+def test_a_label_at_the_first_position_is_predicted_by_nothing(double):
+    input_ids = torch.arange(2, 8)[None]
+    labels = torch.full_like(input_ids, -100)
+    labels[0, 0] = 2
+    assert double(input_ids, labels=labels).loss == 0
+
+
+def test_only_supervised_positions_go_through_the_head(double, config):
+    inputs, labels = split(make_batch(config))
+    shapes = []
+    double.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+    logits = double(**inputs, labels=labels).logits
+    assert shapes == [(9, VOCABULARY)]  # 5 supervised tokens and 4, in 40 positions
+
+    full = double(**inputs).logits
+    assert logits.shape == (2, 5, VOCABULARY)
+    assert_close(logits[0], full[0, [11, 12, 13, 17, 18]], rtol=1e-5, atol=1e-5)
+    assert_close(logits[1, :4], full[1, [15, 16, 17, 18]], rtol=1e-5, atol=1e-5)
+    assert not logits[1, 4].any()  # filled up
+
+
+def test_nothing_to_learn_is_no_loss_and_no_nan(double, config):
+    inputs, labels = split(make_batch(config))
+    loss = double(**inputs, labels=torch.full_like(labels, -100)).loss
+    assert loss == 0
+    for name, gradient in gradients(double, loss).items():
+        assert not gradient.any(), name  # NaN is true
+
+
+def test_a_text_with_nothing_to_learn_beside_one_with(double, config):
+    batch = make_batch(config)
+    batch["labels"][1] = -100
+    inputs, labels = split(batch)
+    assert_close(double(**inputs, labels=labels).loss.double(), naive_loss(double, inputs, labels), **ROUNDED)
+
+
+@pytest.mark.parametrize("items", [1, 9, 64, torch.tensor(7)], ids=str)
+def test_num_items_in_batch(double, config, items):
+    """The Trainer divides by the number of items of a whole step, of which this batch is a part."""
+    inputs, labels = split(make_batch(config))
+    loss = double(**inputs, labels=labels, num_items_in_batch=items).loss
+    assert_close(loss.double(), naive_loss(double, inputs, labels, divisor=int(items)), **ROUNDED)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("layer", [-1, -2, 1, 0])
+def test_every_parameter_that_a_feature_reaches_gets_a_gradient_and_the_others_are_frozen(kind, layer):
+    config = tiny_config(kind, vision_feature_layer=layer)
+    model = tiny_model(config).train()
+    batch = make_batch(config)
+    model(**batch).loss.backward()
+    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert with_gradient == trainable
+
+    used = layer % 4  # hidden states 0 to 3
+    tower = "model.vision_tower."
+    above = tuple(f"{tower}encoder.layers.{index}." for index in range(used, 3))
+    frozen = {
+        name for name, _ in model.named_parameters() if name.startswith((*above, f"{tower}post_", f"{tower}head"))
+    }
+    assert trainable == {name for name, _ in model.named_parameters()} - frozen
+
+
+def test_labels_do_not_change_what_logits_are_worth(model, config):
+    """A model in evaluation gives the same loss as in training: it has no dropout, and takes no other path."""
+    batch = make_batch(config)
+    with torch.no_grad():
+        evaluated = model(**batch).loss
+    assert_close(tiny_model(config).train()(**batch).loss, evaluated, **ROUNDED)
+
+
+def test_activation_checkpointing_gives_the_same_gradients(double, config):
+    batch = make_batch(config)
+    expected = gradients(double, double(**batch).loss)
+    double.activation_checkpointing_enable()
+    actual = gradients(double, double(**batch).loss)
+    assert actual.keys() == expected.keys()
+    for name, gradient in actual.items():
+        assert_close(gradient, expected[name], **ROUNDED, msg=lambda message, name=name: f"{name}: {message}")
+
+
+def test_transformers_knows_the_kind_of_loss(model):
+    """Rather than guess it, warn, and tell the Trainer that labels are not shifted."""
+    assert model.loss_type == "ForCausalLM"
+    assert model.loss_function is ForCausalLMLoss
+
+
+def test_more_tokens_in_the_vocabulary(config):
+    model = tiny_model(config)
+    batch = make_batch(config)
+    model.resize_token_embeddings(VOCABULARY + 8)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.config.text_config.vocab_size == VOCABULARY + 8
+    batch["input_ids"][0, -2] = batch["labels"][0, -2] = VOCABULARY + 3
+    output = model(**batch)
+    assert output.loss.isfinite() and output.logits.shape[-1] == VOCABULARY + 8

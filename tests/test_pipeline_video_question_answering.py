@@ -1,0 +1,282 @@
+"""The pipeline against the model itself: answers, scores, ranks, and every way of asking."""
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+from tiny import random_frames
+from torch.utils.data import Dataset
+from transformers import GenerationConfig, pipeline
+
+from transformers_ma2mba import read_video
+
+QUESTIONS = ["Who opens the door?", "Which colour is it?", "Why?"]
+CANDIDATES = ["red", "green", "blue green", "yellow"]
+
+
+def make_prompt(processor, frames, question) -> dict:
+    """The whole prompt at once, as the model would see it without a pipeline."""
+    content = [{"type": "video", "video": frames}, {"type": "text", "text": question}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+@torch.no_grad()
+def naive_log_probabilities(model, prompt, tokens: list[int]) -> torch.Tensor:
+    """Of each token of an answer, by one forward pass over everything and no state."""
+    input_ids = torch.cat([prompt["input_ids"], torch.tensor([tokens])], 1)
+    pixels = prompt["pixel_values_videos"]
+    logits = model(input_ids=input_ids, pixel_values_videos=pixels, use_cache=False).logits[0].double()
+    return torch.stack([logits[i - len(tokens) - 1].log_softmax(-1)[token] for i, token in enumerate(tokens)])
+
+
+def naive_answer(model, processor, frames, question, **options) -> tuple[list[int], dict]:
+    """Tokens of a plain `generate`, and what the pipeline should make of them."""
+    prompt = make_prompt(processor, frames, question)
+    tokens = model.generate(**prompt, **options)[0, prompt["input_ids"].shape[1] :].tolist()
+    if 0 in tokens:
+        tokens = tokens[: tokens.index(0) + 1]
+    log_probabilities = naive_log_probabilities(model, prompt, tokens)
+    answer = processor.decode(tokens, skip_special_tokens=True).strip()
+    return tokens, {"answer": answer, "score": pytest.approx(math.exp(log_probabilities.mean()), rel=1e-4)}
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return random_frames(5, 48, 40)
+
+
+# Answers
+
+
+@pytest.mark.parametrize("options", [{}, dict(num_beams=3), dict(repetition_penalty=5.0)], ids=str)
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_an_answer_is_what_plain_generate_gives(qa, model, processor, frames, question, options):
+    """To the whole prompt in one piece; the score is that of the model's own probabilities, whatever chose the
+    tokens."""
+    tokens, expected = naive_answer(model, processor, frames, question, max_new_tokens=8, **options)
+    assert qa(video=frames, question=question, max_new_tokens=8, **options) == expected
+    assert len(tokens) > 1
+
+
+def test_an_answer_may_be_empty(qa, model, processor, frames):
+    """Its score is the probability that the text ends at once."""
+    end = naive_log_probabilities(model, make_prompt(processor, frames, "Why?"), [0])
+    answer = qa(video=frames, question="Why?", sequence_bias={(0,): 100.0})
+    assert answer == {"answer": "", "score": pytest.approx(math.exp(end), rel=1e-4)}
+
+
+def test_several_questions_equal_one_by_one(qa, frames):
+    one_by_one = [qa(video=frames, question=question, max_new_tokens=8) for question in QUESTIONS]
+    assert qa(video=frames, question=QUESTIONS, max_new_tokens=8) == one_by_one
+    assert len({entry["answer"] for entry in one_by_one}) > 1
+    assert qa(video=frames, question=QUESTIONS[:1], max_new_tokens=8) == one_by_one[:1]
+
+
+def test_a_film_is_watched_once_for_several_questions(qa, frames, monkeypatch):
+    calls = []
+    features = qa.model.model.get_video_features
+    monkeypatch.setattr(
+        qa.model.model, "get_video_features", lambda pixels: calls.append(len(pixels)) or features(pixels)
+    )
+    qa(video=frames, question=QUESTIONS, max_new_tokens=2)
+    qa(video=frames, question=QUESTIONS, candidates=CANDIDATES)
+    assert calls == [5, 5]
+
+
+def test_sampling_and_several_answers(qa, model, processor, frames):
+    options = dict(do_sample=True, temperature=0.7, top_k=20, max_new_tokens=6)
+    torch.manual_seed(0)
+    answers = qa(video=frames, question="Why?", num_return_sequences=3, **options)
+    assert [set(entry) for entry in answers] == [{"answer", "score"}] * 3
+    assert len({entry["answer"] for entry in answers}) > 1
+    torch.manual_seed(0)
+    again = qa(video=frames, question=["Why?"], num_return_sequences=3, **options)
+    assert again == [answers]
+
+    torch.manual_seed(1)
+    _, expected = naive_answer(model, processor, frames, "Why?", **options)
+    torch.manual_seed(1)
+    assert qa(video=frames, question="Why?", **options) == expected
+
+
+def test_several_beams_are_returned_best_first(qa, frames):
+    answers = qa(video=frames, question="Why?", num_beams=3, num_return_sequences=3, max_new_tokens=4)
+    assert len(answers) == 3
+    scores = [entry["score"] for entry in answers]
+    assert scores == sorted(scores, reverse=True)
+    assert answers[0] == qa(video=frames, question="Why?", num_beams=3, max_new_tokens=4)
+
+
+def test_generation_options(qa, model, processor, checkpoint, frames):
+    _, three = naive_answer(model, processor, frames, "Why?", max_new_tokens=3)
+    assert qa(video=frames, question="Why?", max_new_tokens=3) == three
+    assert qa(video=frames, question="Why?", generation_config=GenerationConfig(max_new_tokens=3)) == three
+    short = pipeline("video-question-answering", model=str(checkpoint), max_new_tokens=3)
+    assert short(video=frames, question="Why?") == three
+    _, five = naive_answer(model, processor, frames, "Why?", max_new_tokens=5, num_beams=2)
+    assert short(video=frames, question="Why?", max_new_tokens=5, num_beams=2) == five
+
+
+def test_misspelt_options_are_refused(qa, frames):
+    with pytest.raises(ValueError, match="max_new_token"):
+        qa(video=frames, question="Why?", max_new_token=3)
+
+
+# Candidates
+
+
+def naive_ranking(model, processor, frames, question, candidates):
+    prompt = make_prompt(processor, frames, question)
+    tokens = [processor.tokenizer(text)["input_ids"] + [processor.tokenizer.eos_token_id] for text in candidates]
+    likelihoods = torch.stack([naive_log_probabilities(model, prompt, ids).sum() for ids in tokens]).exp()
+    shares = (likelihoods / likelihoods.sum()).tolist()
+    ranked = sorted(zip(candidates, shares, strict=True), key=lambda pair: -pair[1])
+    return [{"answer": text, "score": pytest.approx(share, rel=1e-3)} for text, share in ranked]
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_candidates_are_ranked_by_likelihood(qa, model, processor, frames, question):
+    ranked = qa(video=frames, question=question, candidates=CANDIDATES)
+    assert ranked == naive_ranking(model, processor, frames, question, CANDIDATES)
+    assert sum(entry["score"] for entry in ranked) == pytest.approx(1)
+
+
+def test_candidates_for_several_questions(qa, frames):
+    ranked = qa(video=frames, question=QUESTIONS, candidates=CANDIDATES)
+    assert ranked == [qa(video=frames, question=question, candidates=CANDIDATES) for question in QUESTIONS]
+
+
+def test_one_candidate_is_certain(qa, frames):
+    assert qa(video=frames, question="Why?", candidates=["red"]) == [{"answer": "red", "score": 1.0}]
+
+
+@pytest.mark.parametrize("candidates", ["red", [], ["red", ""], ["red", " "], [1, 2]], ids=repr)
+def test_bad_candidates(qa, frames, candidates):
+    with pytest.raises(ValueError, match="candidates must be a list of answers, none of them empty"):
+        qa(video=frames, question="Why?", candidates=candidates)
+
+
+# Forms of a video
+
+
+@pytest.mark.parametrize("form", ["path", "str", "array", "channels-first", "tensor", "images", "float"])
+def test_forms_of_a_video(qa, film, form):
+    frames, _ = read_video(film, 1.0)
+    video = {
+        "path": film,
+        "str": str(film),
+        "array": frames,
+        "channels-first": frames.transpose(0, 3, 1, 2),
+        "tensor": torch.from_numpy(frames),
+        "images": [Image.fromarray(frame) for frame in frames],
+        "float": frames / 255,
+    }[form]
+    assert qa(video=video, question="Why?", max_new_tokens=6) == qa(video=frames, question="Why?", max_new_tokens=6)
+
+
+def test_what_is_seen_matters(qa, frames):
+    assert qa(video=frames, question="Why?") != qa(video=255 - frames, question="Why?")
+    assert qa(video=frames, question="Why?") != qa(video=frames[::-1], question="Why?")
+
+
+def test_fps(qa, film):
+    frames, _ = read_video(film, 4.0)
+    assert qa(video=film, question="Why?", fps=4) == qa(video=frames, question="Why?")
+    assert qa(video=film, question="Why?", fps=4) != qa(video=film, question="Why?")
+
+
+def test_the_frame_rate_is_the_config_s_unless_given(checkpoint, film):
+    pipe = pipeline("video-question-answering", model=str(checkpoint))
+    pipe.model.config.frame_rate = 4.0
+    assert pipe(video=film, question="Why?") == pipe(video=read_video(film, 4.0)[0], question="Why?")
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress(qa, film, capsys, progress):
+    qa(video=film, question="Why?", progress=progress, max_new_tokens=1)
+    assert ("film.mp4" in capsys.readouterr().err) == progress
+
+
+# Several inputs
+
+
+class Rows(Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+@pytest.mark.parametrize("form", ["list", "tuple", "generator", "iterator", "dataset"])
+def test_several_videos(qa, frames, form):
+    rows = [
+        {"video": frames, "question": "Why?"},
+        {"video": frames[:2], "question": QUESTIONS},
+        {"video": frames[:1], "question": "Who?"},
+    ]
+    expected = [qa(**row, max_new_tokens=4) for row in rows]
+    forms = {"list": list, "tuple": tuple, "generator": lambda rows: (row for row in rows), "iterator": iter}
+    output = qa({**forms, "dataset": Rows}[form](rows), max_new_tokens=4)
+    assert isinstance(output, list) == (form in ("list", "tuple"))  # others are streamed
+    assert list(output) == expected
+
+
+def test_one_mapping(qa, frames):
+    expected = qa(video=frames, question="Why?", max_new_tokens=4)
+    assert qa({"video": frames, "question": "Why?"}, max_new_tokens=4) == expected
+    assert qa(frames, "Why?", max_new_tokens=4) == expected
+
+
+# Saving, and the checkpoint within the package
+
+
+def test_what_the_pipeline_saves_it_loads(qa, frames, tmp_path):
+    qa.save_pretrained(tmp_path)
+    loaded = pipeline("video-question-answering", model=str(tmp_path))
+    assert loaded(video=frames, question=QUESTIONS) == qa(video=frames, question=QUESTIONS)
+    assert loaded.processor.to_dict() == qa.processor.to_dict()
+
+
+def test_model_and_processor_in_hand(qa, model, processor, frames):
+    pipe = pipeline("video-question-answering", model=model, processor=processor)
+    assert pipe(video=frames, question="Why?") == qa(video=frames, question="Why?")
+
+
+def test_an_image_in_a_chat_through_transformers_own_pipeline(checkpoint, model, processor, frames):
+    """`image-text-to-text` knows nothing of this package."""
+    picture = Image.fromarray(frames[0])
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Who?"}]}]
+    pipe = pipeline("image-text-to-text", model=str(checkpoint))
+    output = pipe(text=chat, max_new_tokens=6, return_full_text=False)
+    prompt = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    tokens = model.generate(**prompt, max_new_tokens=6)[0, prompt["input_ids"].shape[1] :]
+    assert [entry["generated_text"] for entry in output] == [processor.decode(tokens, skip_special_tokens=True)]
+
+
+def test_the_default_checkpoint(film):
+    """Without a model the task loads the one within the package."""
+    from transformers_ma2mba.auto import DEFAULT_CHECKPOINT
+
+    assert DEFAULT_CHECKPOINT.is_dir(), "the package has no default checkpoint; `make default-checkpoint` makes it"
+    files = [path for path in DEFAULT_CHECKPOINT.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 4e6
+    card = (DEFAULT_CHECKPOINT / "README.md").read_text()
+    assert "cannot" in card
+
+    pipe = pipeline("video-question-answering")
+    assert pipe.model.name_or_path == str(DEFAULT_CHECKPOINT)
+    entry = pipe(video=film, question="Which shape appears?")
+    assert entry["answer"] and 0 < entry["score"] <= 1

@@ -1,0 +1,162 @@
+"""examples/train.py with the stock Trainer, through `accelerate launch` and by itself, on films of make_videos.py."""
+
+import json
+import os
+import subprocess
+import sys
+
+import make_tiny_model
+import numpy as np
+import pytest
+import torch
+import train
+from safetensors.torch import load_file
+from tiny import EXAMPLES, ROOT
+from torch.testing import assert_close
+from transformers import pipeline
+
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+}
+
+
+def run(*command) -> subprocess.CompletedProcess:
+    """A Python command in a process of its own."""
+    command = [sys.executable, *map(str, command)]
+    finished = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-5000:]
+    assert "deprecated" not in finished.stderr.lower(), finished.stderr
+    assert "DeprecationWarning" not in finished.stderr and "FutureWarning" not in finished.stderr
+    return finished
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Twelve films of 8 seconds to train on, six to validate with, and an untrained model."""
+    path = tmp_path_factory.mktemp("demo")
+    options = dict(num_train=12, num_validation=6, num_long=1, min_seconds=8, max_seconds=8)
+    run(EXAMPLES / "make_videos.py", "--output_dir", path, *(f"--{name}={value}" for name, value in options.items()))
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = ["--train_file", f"{path}/train.json", "--output_dir", f"{path}/untrained"]
+        patch.setattr(sys, "argv", ["make_tiny_model.py", *arguments])
+        make_tiny_model.main()
+    return path
+
+
+def arguments(demo, output_dir, **options) -> list[str]:
+    """Four steps of four films each, whatever the number of processes. Steps of plain gradient descent, as Adam blows
+    up the least difference in rounding."""
+    options = {
+        "model_name_or_path": demo / "untrained",
+        "train_file": demo / "train.json",
+        "validation_file": demo / "validation.json",
+        "output_dir": output_dir,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 2,
+        "max_steps": 4,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "report_to": "none",
+        "use_cpu": True,
+        **options,
+    }
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+@pytest.fixture(scope="module")
+def launched(demo):
+    """Trained by one process."""
+    launch = ["-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--cpu"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", EXAMPLES / "train.py"]
+    run(*launch, *arguments(demo, demo / "launched"))
+    return demo / "launched"
+
+
+def train_here(patch, *arguments):
+    """In this process, where a deprecation is an error, on as many threads as a launched process has."""
+    patch.setattr(sys, "argv", ["train.py", *arguments])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train.main()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def logged(folder, name) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [float(entry[name]) for entry in history if name in entry]
+
+
+def test_one_process_logs_loss_and_accuracy(demo, launched):
+    losses = logged(launched, "loss")
+    assert len(losses) == 4 and losses[-1] < losses[0] - 0.3
+    assert len(logged(launched, "eval_loss")) >= 1
+    assert (
+        logged(launched, "eval_accuracy")[-1]
+        == json.loads((launched / "eval_results.json").read_text())["eval_accuracy"]
+    )
+    before, after = load_file(demo / "untrained" / "model.safetensors"), load_file(launched / "model.safetensors")
+    assert before.keys() == after.keys()
+    trained = {name for name in before if not torch.equal(before[name], after[name])}
+    parts = {"model.vision_tower", "model.multi_modal_projector", "model.language_model"}
+    assert {".".join(name.split(".")[:2]) for name in trained} == parts
+
+
+def test_what_was_trained_answers(demo, launched):
+    """The output folder is a checkpoint with everything that the pipeline needs."""
+    row = json.loads((demo / "validation.json").read_text())[0]
+    qa = pipeline("video-question-answering", model=str(launched))
+    ranked = qa(video=str(demo / row["video"]), question=row["conversations"][2]["value"], candidates=["red", "blue"])
+    assert sum(entry["score"] for entry in ranked) == pytest.approx(1)
+
+
+def test_resuming_gives_the_weights_of_a_run_without_interruption(demo, launched, monkeypatch):
+    """Bit for bit; and frames that are kept in memory are those that are read again."""
+    options = {"resume_from_checkpoint": launched / "checkpoint-2", "keep_frames": True}
+    train_here(monkeypatch, *arguments(demo, demo / "resumed", **options))
+    assert logged(demo / "resumed", "loss") == logged(launched, "loss")
+    resumed, expected = (load_file(folder / "model.safetensors") for folder in (demo / "resumed", launched))
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_two_processes_learn_what_one_does(demo, launched):
+    """The same films in a step, shared out: the same loss and the same weights but for rounding."""
+    # `accelerate launch --cpu` starts one process, whatever --num_processes says; this is how it starts two, which
+    # find no GPU and talk through gloo.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", EXAMPLES / "train.py"]
+    run(*launch, *arguments(demo, demo / "two", per_device_train_batch_size=2))
+    assert logged(demo / "two", "loss") == pytest.approx(logged(launched, "loss"), abs=1e-4)
+    assert logged(demo / "two", "eval_loss") == pytest.approx(logged(launched, "eval_loss"), abs=1e-4)
+    assert logged(demo / "two", "eval_accuracy") == logged(launched, "eval_accuracy")
+    two, one = (load_file(folder / "model.safetensors") for folder in (demo / "two", launched))
+    for name, weight in one.items():
+        assert_close(two[name], weight, rtol=0, atol=2e-6)  # a step changes weights by up to 1e-2
+
+
+def test_frozen_modules_stay_as_they_are(demo, monkeypatch):
+    options = {"freeze": "vision_tower", "max_steps": 1, "eval_strategy": "no"}
+    train_here(monkeypatch, *arguments(demo, demo / "frozen", **options))
+    before, after = (load_file(demo / name / "model.safetensors") for name in ("untrained", "frozen"))
+    changed = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"multi_modal_projector", "language_model"}
+
+
+def test_accuracy_counts_answers_that_are_right_to_the_end():
+    """Three answers in two conversations: right, wrong at its end, right."""
+
+    class Prediction:
+        # The first position predicts the second. Padding is on the left; what the Trainer fills up is on the right.
+        label_ids = np.array(
+            [[-100, -100, 5, 6, 0, -100, 7, 0, -100], [-100, -100, -100, -100, 8, 0, -100, -100, -100]]
+        )
+        predictions = np.array([[5, 6, 0, 7, 9, -100], [8, 0, 0, 0, 0, -100]])
+
+    assert train.answer_accuracy(Prediction) == {"accuracy": pytest.approx(2 / 3)}

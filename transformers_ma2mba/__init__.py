@@ -1,0 +1,26 @@
+"""Video-Ma²mba for Transformers: importing this package registers it with the Auto classes and `pipeline`."""
+
+from . import auto  # noqa: F401  registers
+from .configuration_ma2mba import Ma2mbaConfig
+from .data_collator import DataCollatorForVideoQA
+from .modeling_ma2mba import Ma2mbaForVideoQA, Ma2mbaModel
+from .pipeline_video_question_answering import VideoQuestionAnsweringPipeline
+from .processing_ma2mba import Ma2mbaProcessor
+from .video_processing_ma2mba import Ma2mbaVideoProcessor
+from .video_reader import VideoReadError, iter_frames, probe, read_video
+
+from .version import __version__
+
+__all__ = [
+    "DataCollatorForVideoQA",
+    "Ma2mbaConfig",
+    "Ma2mbaForVideoQA",
+    "Ma2mbaModel",
+    "Ma2mbaProcessor",
+    "Ma2mbaVideoProcessor",
+    "VideoQuestionAnsweringPipeline",
+    "VideoReadError",
+    "iter_frames",
+    "probe",
+    "read_video",
+]

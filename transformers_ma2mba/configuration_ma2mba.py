@@ -1,0 +1,157 @@
+"""The composite configuration: a vision encoder and a stock Mamba-2 language model, with the path between them."""
+
+import math
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+# Mamba-2 370M, 1.3B and 2.7B with CLIP ViT-L/14-336 make the three published sizes (paper §4.1). The paper's names
+# count the tied embedding twice, once as embedding and once as head: 0.73B, 1.76B and 3.14B parameters.
+PRESETS = {
+    "0.7b": {"num_hidden_layers": 48, "hidden_size": 1024, "num_heads": 32},
+    "1.8b": {"num_hidden_layers": 48, "hidden_size": 2048, "num_heads": 64},
+    "3.1b": {"num_hidden_layers": 64, "hidden_size": 2560, "num_heads": 80},
+}
+
+_CLIP_VIT_LARGE_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+
+_MAMBA2 = {
+    "vocab_size": 50280,  # 50,277 tokens of GPT-NeoX-20B, padded to a multiple of 8
+    "state_size": 128,
+    "head_dim": 64,
+    "conv_kernel": 4,
+    "expand": 2,
+    "n_groups": 1,
+    "chunk_size": 256,
+    "bos_token_id": 0,  # <|endoftext|>
+    "eos_token_id": 0,
+    "pad_token_id": 1,  # <|padding|>
+    "tie_word_embeddings": True,
+}
+
+
+@strict
+class Ma2mbaConfig(PreTrainedConfig):
+    r"""Configuration of Video-Ma²mba (arXiv:2411.19460, §3.4 and §4.1). `Ma2mbaConfig()` is its largest model, 3.1B.
+
+    Args:
+        vision_config (`CLIPVisionConfig` or `SiglipVisionConfig`, or a dict of either, *optional*):
+            The vision encoder; CLIP ViT-L/14 at 336 px unless given.
+        text_config (`Mamba2Config` or dict, *optional*):
+            The language model; Mamba-2 2.7B unless given.
+        vision_feature_layer (`int`, defaults to -2):
+            Which hidden state of the vision encoder is used, as an index into its `hidden_states`.
+        spatial_pool_mode (`str`, defaults to `"bilinear"`):
+            How patch features are pooled before the projector: `"bilinear"`, `"average"` or `"max"`.
+        spatial_pool_stride (`int`, defaults to 2):
+            Pooling factor along each side of the patch grid; a side that does not divide rounds up.
+        projector_hidden_act (`str`, defaults to `"gelu"`):
+            Activation between the projector's two layers.
+        multimodal_projector_bias (`bool`, defaults to `True`):
+            Whether the projector's layers have a bias.
+        frame_rate (`float`, defaults to 1.0):
+            Frames per second of film that the model looks at.
+        frames_per_vision_pass (`int`, defaults to 16):
+            How many frames go through the vision encoder at a time; it bounds memory and changes no result.
+        image_mean, image_std (`list[float]`, *optional*):
+            Normalisation of uint8 pixels, per channel, applied on the model's device; CLIP's unless given.
+        image_token_id, video_token_id (`int`, default to 50277 and 50278):
+            Placeholders of one image token and one video token. The defaults are rows that the padded vocabulary
+            already has, so published language models keep their embedding as it is.
+
+    Raises:
+        huggingface_hub.errors.StrictDataclassError: as any config of Transformers, if a field has a wrong type or is
+            out of range, or the patch grid would be empty.
+    """
+
+    model_type = "ma2mba"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig, model_type="clip_vision_model", init_kwargs=_CLIP_VIT_LARGE_336
+        ),
+        "text_config": SubConfigSpec(
+            config_class=AutoConfig, model_type="mamba2", init_kwargs={**_MAMBA2, **PRESETS["3.1b"]}
+        ),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    vision_feature_layer: int = -2
+    spatial_pool_mode: Literal["bilinear", "average", "max"] = "bilinear"
+    spatial_pool_stride: int = 2
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+    frame_rate: int | float = 1.0
+    frames_per_vision_pass: int = 16
+    image_mean: list[float] | tuple[float, ...] | None = None
+    image_std: list[float] | tuple[float, ...] | None = None
+    image_token_id: int = 50277
+    video_token_id: int = 50278
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.image_mean = list(OPENAI_CLIP_MEAN if self.image_mean is None else self.image_mean)
+        self.image_std = list(OPENAI_CLIP_STD if self.image_std is None else self.image_std)
+
+    def validate_architecture(self):
+        """Called by `@strict` once every field is set."""
+        if self.spatial_pool_stride < 1:
+            raise ValueError(f"spatial_pool_stride must be at least 1, got {self.spatial_pool_stride}.")
+        if not 0 < self.frame_rate < math.inf:
+            raise ValueError(f"frame_rate must be a number of frames per second above 0, got {self.frame_rate}.")
+        if self.frames_per_vision_pass < 1:
+            raise ValueError(f"frames_per_vision_pass must be at least 1, got {self.frames_per_vision_pass}.")
+        if self.patches_per_side < 1:
+            raise ValueError(
+                f"vision_config has patches of {self.vision_config.patch_size} px in frames of "
+                f"{self.vision_config.image_size} px: a frame must hold at least one patch."
+            )
+        for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != 3:
+                raise ValueError(f"{name} must have 3 values, one a channel, got {getattr(self, name)}.")
+        if min(self.image_std) <= 0:
+            raise ValueError(f"image_std must be above 0 in every channel, got {self.image_std}.")
+        layers = self.vision_config.num_hidden_layers
+        if not -layers - 1 <= self.vision_feature_layer <= layers:
+            raise ValueError(
+                f"vision_feature_layer is {self.vision_feature_layer}, but the vision encoder has {layers} layers "
+                f"and so hidden states 0 to {layers}."
+            )
+        for name in ("image_token_id", "video_token_id"):
+            if not 0 <= getattr(self, name) < self.text_config.vocab_size:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, outside of the vocabulary of {self.text_config.vocab_size} rows."
+                )
+        if self.image_token_id == self.video_token_id:
+            raise ValueError(f"image_token_id and video_token_id must differ, both are {self.image_token_id}.")
+
+    @classmethod
+    def from_preset(cls, preset: str, **kwargs) -> "Ma2mbaConfig":
+        """One of the published sizes: `"0.7b"`, `"1.8b"` or `"3.1b"` (paper §4.1)."""
+        if preset not in PRESETS:
+            raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
+        return cls(text_config={**_MAMBA2, **PRESETS[preset]}, **kwargs)
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Placeholders that one frame or image takes: 144 for 336 px CLIP, 196 for 384 px SigLIP."""
+        return math.ceil(self.patches_per_side / self.spatial_pool_stride) ** 2
+
+
+__all__ = ["Ma2mbaConfig"]

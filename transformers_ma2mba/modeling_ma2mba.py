@@ -1,0 +1,373 @@
+"""Video-Ma²mba (arXiv:2411.19460, §3.4): every frame through CLIP, pooled, projected, into a stock Mamba-2.
+
+Shape suffixes: B batch, T tokens, F frames, P patches of a frame, N tokens of a frame, D language width,
+K supervised positions, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import ModelOutput
+
+from .configuration_ma2mba import Ma2mbaConfig
+
+
+@dataclass
+class Ma2mbaModelOutput(ModelOutput):
+    """
+    last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
+        Hidden states after the final norm.
+    cache_params (`Cache`, *optional*, returned with `use_cache=True`):
+        The recurrent state of every layer at the last position; its size does not depend on the sequence.
+    hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
+        Output of each layer.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    cache_params: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class Ma2mbaForVideoQAOutput(ModelOutput):
+    """
+    loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
+        Next-token cross-entropy over the supervised positions.
+    logits (`torch.Tensor` of shape `(batch_size, num_logits, vocab_size)`):
+        Without labels, the positions that `logits_to_keep` names. With labels, the predictions of the supervised
+        tokens alone, in order, rows filled up with zeros to the row that has most.
+    cache_params, hidden_states: as in [`Ma2mbaModelOutput`].
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    cache_params: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+class Ma2mbaMultiModalProjector(nn.Module):
+    """Two linear layers with a GELU between them, into the language model's width (paper §3.4)."""
+
+    def __init__(self, config: Ma2mbaConfig):
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, width, bias=config.multimodal_projector_bias)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(width, width, bias=config.multimodal_projector_bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(features)))
+
+
+def pool_patches(features_FPC: torch.Tensor, mode: str, stride: int) -> torch.Tensor:
+    """Pools a square grid of patch features; a side that the stride does not divide rounds up.
+
+    Args:
+        features_FPC: `(num_frames, patches_per_side ** 2, channels)`, row by row.
+
+    Returns:
+        `(num_frames, ceil(patches_per_side / stride) ** 2, channels)`, row by row.
+    """
+    num_frames, num_patches, channels = features_FPC.shape
+    side = math.isqrt(num_patches)
+    grid = features_FPC.transpose(1, 2).reshape(num_frames, channels, side, side)
+    if mode == "bilinear":
+        pooled_side = math.ceil(side / stride)
+        grid = F.interpolate(grid, size=(pooled_side, pooled_side), mode="bilinear", align_corners=False)
+    else:
+        pool = {"average": F.avg_pool2d, "max": F.max_pool2d}[mode]
+        grid = pool(grid, kernel_size=stride, stride=stride, ceil_mode=True)
+    return grid.flatten(2).transpose(1, 2)
+
+
+class Ma2mbaPreTrainedModel(PreTrainedModel):
+    config: Ma2mbaConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Mamba2Block", "CLIPEncoderLayer", "SiglipEncoderLayer"]
+    _skip_keys_device_placement = ["cache_params"]
+    _is_stateful = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+
+class Ma2mbaModel(Ma2mbaPreTrainedModel):
+    """Vision encoder, projector and Mamba-2 language model, without the language-model head."""
+
+    def __init__(self, config: Ma2mbaConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = Ma2mbaMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self._freeze_what_no_feature_reaches()
+        self.post_init()
+
+    def _freeze_what_no_feature_reaches(self):
+        # Features are taken below the last layers of the vision tower. What lies above never gets a gradient;
+        # saying so here keeps DDP and ZeRO from waiting for one.
+        layers = self.vision_tower.encoder.layers
+        used = self.config.vision_feature_layer % (len(layers) + 1)
+        for module in (*layers[used:], self.vision_tower.post_layernorm, getattr(self.vision_tower, "head", None)):
+            if module is not None:
+                module.requires_grad_(False)
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    def _check_pixels(self, pixels: torch.Tensor, name: str):
+        size = self.config.vision_config.image_size
+        if pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise ValueError(
+                f"{name} must have shape (frames, 3, {size}, {size}), all videos of the batch one after the other; "
+                f"got {tuple(pixels.shape)}."
+            )
+        if tuple(pixels.shape[-2:]) != (size, size):
+            raise ValueError(
+                f"{name} has frames of {pixels.shape[-2]} x {pixels.shape[-1]} px, but this checkpoint's vision "
+                f"encoder takes {size} x {size} px: set the video processor's `size` to match the checkpoint."
+            )
+        if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
+            raise ValueError(f"{name} must be uint8, or floating point if already normalised; got {pixels.dtype}.")
+
+    def _encode_frames(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`(F, 3, height, width)` pixels of a few frames to `(F, N, D)` tokens: the paper's path, in its order."""
+        weight = self.multi_modal_projector.linear_1.weight
+        device = self.vision_tower.device
+        if pixels.dtype == torch.uint8:
+            mean = torch.tensor(self.config.image_mean, device=device).view(3, 1, 1)
+            std = torch.tensor(self.config.image_std, device=device).view(3, 1, 1)
+            pixels = (pixels.to(device).float() / 255 - mean) / std
+        outputs = self.vision_tower(pixels.to(device, self.vision_tower.dtype), output_hidden_states=True)
+        features_FPC = outputs.hidden_states[self.config.vision_feature_layer]
+        # CLIP puts a class token before the patches, SigLIP does not.
+        features_FPC = features_FPC[:, features_FPC.shape[1] - self.config.patches_per_side**2 :]
+        features_FNC = pool_patches(features_FPC, self.config.spatial_pool_mode, self.config.spatial_pool_stride)
+        return self.multi_modal_projector(features_FNC.to(weight.dtype))
+
+    def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Tokens of frames, a few frames at a time.
+
+        Args:
+            pixel_values_videos: `(num_frames, 3, image_size, image_size)`, the frames of all videos one after the
+                other; uint8 pixels, or floats that are already normalised.
+
+        Returns:
+            An output whose `pooler_output` has shape `(num_frames, tokens_per_frame, hidden_size)`.
+        """
+        self._check_pixels(pixel_values_videos, "pixel_values_videos")
+        return self._encode_in_pieces(pixel_values_videos)
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Tokens of images, each treated as a video of one frame; shapes as in `get_video_features`."""
+        self._check_pixels(pixel_values, "pixel_values")
+        return self._encode_in_pieces(pixel_values)
+
+    def _encode_in_pieces(self, pixels: torch.Tensor) -> BaseModelOutputWithPooling:
+        pieces = [self._encode_frames(piece) for piece in pixels.split(self.config.frames_per_vision_pass)]
+        return BaseModelOutputWithPooling(pooler_output=pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+
+    def _place_features(self, inputs_embeds_BTD, input_ids_BT, features_FND, token_id, name):
+        """Puts vision tokens where the placeholders are, in order."""
+        if input_ids_BT is None:
+            placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds_BTD.device))
+            mask_BT = (inputs_embeds_BTD == placeholder).all(-1)
+        else:
+            mask_BT = input_ids_BT == token_id
+        positions = mask_BT.nonzero(as_tuple=True)
+        num_features = features_FND.shape[0] * features_FND.shape[1]
+        if len(positions[0]) != num_features:
+            raise ValueError(
+                f"The text has {len(positions[0])} {name} placeholders, but {features_FND.shape[0]} frames of "
+                f"{features_FND.shape[1]} tokens need {num_features}: make both with the same processor call."
+            )
+        features = features_FND.flatten(0, 1).to(inputs_embeds_BTD.device, inputs_embeds_BTD.dtype)
+        return inputs_embeds_BTD.index_put(positions, features)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        cache_params: Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> Ma2mbaModelOutput:
+        """Arguments as in [`Ma2mbaForVideoQA`]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds, and not both.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        encoded = dict(mm_encoder_outputs or {})
+        if pixel_values is not None:
+            encoded["image"] = self.get_image_features(pixel_values)
+        if pixel_values_videos is not None:
+            encoded["video"] = self.get_video_features(pixel_values_videos)
+        for name, output in encoded.items():
+            token_id = self.config.image_token_id if name == "image" else self.config.video_token_id
+            inputs_embeds = self._place_features(inputs_embeds, input_ids, output.pooler_output, token_id, name)
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            cache_params=cache_params,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        return Ma2mbaModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            cache_params=outputs.cache_params,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
+    """Video-Ma²mba: questions about videos and images, answered by a Mamba-2 language model."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embeddings.weight"}
+
+    def __init__(self, config: Ma2mbaConfig):
+        super().__init__(config)
+        self.model = Ma2mbaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.loss_type = "ForCausalLM"  # Transformers would look for one in the name of this class
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # `generate` makes `past_key_values` for class names without "mamba" in them. The language model makes its own
+        # cache on the first step instead and hands it on as `cache_params`.
+        return False
+
+    def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        return self.model.get_video_features(pixel_values_videos, **kwargs)
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        cache_params: Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> Ma2mbaForVideoQAOutput:
+        """
+        Args:
+            input_ids: `(batch_size, sequence_length)`, with `config.tokens_per_frame` placeholders a frame.
+            pixel_values: `(num_images, 3, image_size, image_size)`, the images of the whole batch in order.
+            pixel_values_videos: `(num_frames, 3, image_size, image_size)`, the frames of the whole batch in order:
+                videos of different lengths stand one after the other, and the placeholders say whose they are.
+                Both kinds of pixels are uint8, or floats that are already normalised.
+            attention_mask: `(batch_size, sequence_length)`, 0 for padding, which stands on the left.
+            labels: `(batch_size, sequence_length)`, token ids, -100 where nothing is to be learned. Only supervised
+                positions go through the head, so no tensor of sequence times vocabulary exists.
+            logits_to_keep: how many last positions get logits (0: all), or which; see `slice_logits_to_keep`. Without
+                effect when labels are given.
+            cache_params: the recurrent state that the sequence continues; updated in place.
+            mm_encoder_outputs: outputs of `get_image_features` and `get_video_features` under `"image"` and
+                `"video"`, in place of pixels.
+
+        Raises:
+            ValueError: if frames and placeholders do not match, or frames have another size than the vision encoder's.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            cache_params=cache_params,
+            use_cache=use_cache if labels is None or use_cache is not None else False,
+            output_hidden_states=output_hidden_states,
+            mm_encoder_outputs=mm_encoder_outputs,
+        )
+        hidden_states_BTD = outputs.last_hidden_state
+        loss = None
+        if labels is None:
+            hidden_states = slice_logits_to_keep(hidden_states_BTD, logits_to_keep)
+            logits = self.lm_head(hidden_states.to(self.lm_head.weight.dtype)).float()
+        else:
+            loss, logits = self._supervised_loss(hidden_states_BTD, labels, **kwargs)
+        return Ma2mbaForVideoQAOutput(
+            loss=loss, logits=logits, cache_params=outputs.cache_params, hidden_states=outputs.hidden_states
+        )
+
+    def _supervised_loss(self, hidden_states_BTD, labels_BT, **kwargs):
+        """Loss and logits of the positions that predict a supervised token, and of no others."""
+        targets = labels_BT[:, 1:].to(hidden_states_BTD.device)
+        supervised = targets != -100
+        hidden_states_KD = hidden_states_BTD[:, :-1][supervised]
+        logits_KV = self.lm_head(hidden_states_KD.to(self.lm_head.weight.dtype)).float()
+        if len(logits_KV) == 0:
+            loss = hidden_states_BTD.sum() * 0.0  # nothing to learn, and no NaN to spread
+        else:
+            loss = self.loss_function(
+                logits=logits_KV,
+                labels=None,
+                shift_labels=targets[supervised],
+                vocab_size=self.config.text_config.vocab_size,
+                **kwargs,
+            )
+        # One row per sample again, as the Trainer gathers predictions along the batch.
+        rows = logits_KV.split(supervised.sum(1).tolist())
+        return loss, nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        # `generate` expands tensors for beams and several samples, but not a state to continue from.
+        state = model_kwargs.get("cache_params")
+        if state is not None and expand_size > 1:
+            state.reorder_cache(torch.arange(len(input_ids), device=input_ids.device).repeat_interleave(expand_size))
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        inputs_embeds=None,
+        attention_mask=None,
+        cache_params: Cache | None = None,
+        use_cache: bool | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ):
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            cache_params=cache_params,
+            use_cache=use_cache,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if use_cache and not is_first_iteration:
+            model_inputs["attention_mask"] = None  # a generated token is never padding
+        return model_inputs
+
+
+__all__ = ["Ma2mbaForVideoQA", "Ma2mbaForVideoQAOutput", "Ma2mbaModel", "Ma2mbaModelOutput", "Ma2mbaPreTrainedModel"]

@@ -1,0 +1,238 @@
+"""Text, videos and images to the model's inputs, in the paper's conversation format."""
+
+import os
+
+import numpy as np
+from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import load_image
+from transformers.processing_utils import MultiModalData, ProcessingKwargs
+
+from .configuration_ma2mba import Ma2mbaConfig
+from .video_processing_ma2mba import Ma2mbaVideoProcessor, Ma2mbaVideosKwargs, as_list_of_videos
+
+# Paper, Table 5. `<|system|>` and friends are ordinary text; what the assistant says, its end-of-text included, is what
+# the model learns.
+CHAT_TEMPLATE = """\
+{%- macro render(content) -%}
+{%- if content is string -%}{{ content }}{%- else -%}
+{%- for block in content -%}
+{%- if block.type == 'video' -%}<video>{%- elif block.type == 'image' -%}<image>{%- else -%}{{ block.text }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- if messages[0].role != 'system' -%}<|system|>You are a helpful assistant.<|endoftext|>{%- endif -%}
+{%- for message in messages -%}
+<|{{ message.role }}|>
+{%- if message.role == 'assistant' -%}
+{%- generation -%}{{ render(message.content) }}<|endoftext|>{%- endgeneration -%}
+{%- else -%}
+{{ render(message.content) }}<|endoftext|>
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
+"""
+
+
+class Ma2mbaProcessorKwargs(ProcessingKwargs, total=False):
+    videos_kwargs: Ma2mbaVideosKwargs
+
+
+class Ma2mbaProcessor(ProcessorMixin):
+    r"""Tokenizer and video processor in one, and the paper's chat template.
+
+    Args:
+        tokenizer: a fast tokenizer; `image_token` and `video_token` are among its special tokens.
+        video_processor ([`Ma2mbaVideoProcessor`]): it prepares images too, as videos of one frame.
+        tokens_per_frame (`int`): how many placeholders a frame takes, `config.tokens_per_frame`.
+        chat_template (`str`, *optional*): the paper's (Table 5) unless given.
+        image_token, video_token (`str`): the placeholders that stand for a whole image or video in text.
+    """
+
+    valid_processor_kwargs = Ma2mbaProcessorKwargs
+
+    def __init__(
+        self,
+        tokenizer=None,
+        video_processor=None,
+        tokens_per_frame: int = 144,
+        chat_template=None,
+        image_token: str = "<image>",
+        video_token: str = "<video>",
+    ):
+        # Padding behind a text would become part of its state. Among the initial arguments it is saved.
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+        self.tokens_per_frame = tokens_per_frame
+        self.image_token = image_token
+        self.video_token = video_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(video_token)
+        super().__init__(tokenizer, video_processor, chat_template=chat_template or CHAT_TEMPLATE)
+
+    @classmethod
+    def from_model_config(cls, config: Ma2mbaConfig, tokenizer) -> "Ma2mbaProcessor":
+        """A processor for a new model: frame size, rate and normalisation as in `config`.
+
+        The placeholders are added to `tokenizer` if it lacks them, and must get the ids that `config` has.
+
+        Raises:
+            ValueError: if they get other ids.
+        """
+        placeholders = {"<image>": config.image_token_id, "<video>": config.video_token_id}
+        tokenizer.add_tokens([token for token in placeholders if token not in tokenizer.get_vocab()], special_tokens=True)
+        for token, expected in placeholders.items():
+            if (token_id := tokenizer.convert_tokens_to_ids(token)) != expected:
+                raise ValueError(
+                    f"The tokenizer gives {token} the id {token_id}, but the config expects {expected}: set "
+                    "image_token_id and video_token_id of the config to the tokenizer's."
+                )
+        side = config.vision_config.image_size
+        video_processor = Ma2mbaVideoProcessor(
+            size={"height": side, "width": side},
+            fps=config.frame_rate,
+            image_mean=config.image_mean,
+            image_std=config.image_std,
+        )
+        return cls(tokenizer, video_processor, tokens_per_frame=config.tokens_per_frame)
+
+    def __call__(self, images=None, text=None, videos=None, **kwargs) -> BatchFeature:
+        r"""
+        Args:
+            text (`str` or `list[str]`): each `<video>` and `<image>` in it stands for one video or image, in order.
+            videos: one video, a list, or a list of lists; see [`Ma2mbaVideoProcessor`].
+            images: one image, a list, or a list of lists; arrays, PIL images, paths or URLs.
+            kwargs: options of tokenizer (`padding`, `return_tensors`, ...) and video processor (`fps`, ...).
+
+        Returns:
+            `input_ids` and `attention_mask` `(batch_size, sequence_length)`, padded on the left if padding is asked
+            for; `pixel_values_videos` `(num_frames, 3, height, width)` if there are videos and `pixel_values`
+            `(num_images, 3, height, width)` if there are images, both of the whole batch in order.
+
+        Raises:
+            ValueError: if placeholders and videos or images differ in number, or nothing is given.
+        """
+        if text is None and videos is None and images is None:
+            raise ValueError("Give the processor text, videos or images.")
+        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        text_options, video_options = options["text_kwargs"], options["videos_kwargs"]
+        return_tensors = text_options.pop("return_tensors", None)
+        video_options.pop("return_tensors", None)
+
+        if text is not None:
+            texts = [text] if isinstance(text, str) else text
+            if not isinstance(texts, (list, tuple)) or not all(isinstance(sample, str) for sample in texts):
+                raise ValueError("text must be a string or a list of strings.")
+            self._check_counts(texts, videos, "video", self.video_token, as_list_of_videos)
+            self._check_counts(texts, images, "image", self.image_token, _as_list_of_images)
+
+        data, num_frames, num_images = {}, [], []
+        if videos is not None:
+            encoded = self.video_processor(videos, **video_options)
+            num_frames = encoded.pop("num_frames")
+            data.update(encoded)
+        if images is not None:
+            video_options.pop("return_metadata", None)
+            encoded = self.video_processor([[image] for image in _as_list_of_images(images)], **video_options)
+            num_images = encoded["num_frames"]
+            data["pixel_values"] = encoded["pixel_values_videos"]
+        if text is not None:
+            data = {**self._tokenize(texts, num_frames, num_images, text_options), **data}
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["video_metadata"])
+
+    def _check_counts(self, texts: list[str], visuals, kind: str, token: str, flatten):
+        """Every placeholder has its video or image, sample by sample where they are given that way."""
+        found = [sample.count(token) for sample in texts]
+        given = 0 if visuals is None else len(flatten(visuals))
+        where = "The text has"
+        nested = isinstance(visuals, (list, tuple)) and all(isinstance(sample, (list, tuple)) for sample in visuals)
+        if nested and len(visuals) == len(texts) and sum(found) == given:
+            for row, (sample, count) in enumerate(zip(visuals, found, strict=True)):
+                if sample and len(flatten(sample)) != count:
+                    found, given, where = [count], len(flatten(sample)), f"Text {row} of the batch has"
+                    break
+        if sum(found) != given:
+            raise ValueError(
+                f"{where} {sum(found)} {token} placeholder{'' if sum(found) == 1 else 's'}, but {given} {kind}"
+                f"{' was' if given == 1 else 's were'} given: each {kind} needs one {token} where it belongs in the text."
+            )
+
+    def _tokenize(self, texts: list[str], num_frames: list[int], num_images: list[int], options: dict) -> dict:
+        """Tokenizes with one placeholder a video and repeats its id afterwards: an hour of film is half a million
+        placeholders, which no tokenizer needs to read."""
+        options = dict(options)
+        padding = options.pop("padding", False)
+        side = options.pop("padding_side", None) or self.tokenizer.padding_side
+        max_length, multiple = options.pop("max_length", None), options.pop("pad_to_multiple_of", None)
+        if options.pop("truncation", None):
+            raise ValueError("Truncation would cut videos in two: shorten the text, or lower `fps`, instead.")
+        for unused in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
+            options.pop(unused, None)
+        encoding = self.tokenizer(texts, **options)
+
+        lengths = {self.video_token_id: iter(num_frames), self.image_token_id: iter(num_images)}
+        expanded = {name: [] for name in encoding}
+        for row, input_ids in enumerate(encoding["input_ids"]):
+            repeats = np.ones(len(input_ids), dtype=np.int64)
+            for position, token_id in enumerate(input_ids):
+                if token_id in lengths:
+                    repeats[position] = next(lengths[token_id]) * self.tokens_per_frame
+            for name in encoding:
+                expanded[name].append(np.repeat(np.asarray(encoding[name][row]), repeats, axis=0))
+
+        target = None
+        if padding == "max_length":
+            target = max_length
+        elif padding not in (False, None, "do_not_pad"):
+            target = max(len(row) for row in expanded["input_ids"])
+        if target is None:
+            return {name: [row.tolist() for row in rows] for name, rows in expanded.items()}
+        target = -(-target // multiple) * multiple if multiple else target
+        fill = {"input_ids": self.tokenizer.pad_token_id}
+        return {
+            name: np.stack([_pad(row, target, side, fill.get(name, 0)) for row in rows])
+            for name, rows in expanded.items()
+        }
+
+    def _adjust_assistant_masks_indices(self, processed_dict, generation_indices):
+        # The stock loop visits every token in Python, once a turn. Here placeholders keep the offsets of the one
+        # placeholder they came from, so that a span of characters is one comparison of arrays.
+        masks = []
+        for offsets, spans in zip(processed_dict.pop("offset_mapping"), generation_indices, strict=True):
+            start, end = np.asarray(offsets).reshape(-1, 2).T
+            mask = np.zeros(len(start), dtype=np.int64)
+            for span_start, span_end in spans:
+                mask |= (start < span_end) & (end > span_start)
+            masks.append(mask.tolist())
+        processed_dict["assistant_masks"] = masks
+        return processed_dict
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values_videos", "pixel_values"]
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
+        """Placeholders that images of `(height, width)` and videos of `(num_frames, height, width)` would take."""
+        data = {}
+        if image_sizes is not None:
+            data["num_image_tokens"] = [self.tokens_per_frame] * len(image_sizes)
+            data["num_image_patches"] = [1] * len(image_sizes)
+        if video_sizes is not None:
+            data["num_video_tokens"] = [num_frames * self.tokens_per_frame for num_frames, _, _ in video_sizes]
+        return MultiModalData(**data)
+
+
+def _pad(row: np.ndarray, length: int, side: str, value: int) -> np.ndarray:
+    missing = length - len(row)
+    if missing < 0:
+        raise ValueError(f"A text with its videos takes {len(row)} tokens, more than max_length={length}.")
+    widths = (missing, 0) if side == "left" else (0, missing)
+    return np.pad(row, [widths, *[(0, 0)] * (row.ndim - 1)], constant_values=value)
+
+
+def _as_list_of_images(images) -> list:
+    """One image, a list, or a list of lists to a flat list of images; paths and URLs are loaded."""
+    if isinstance(images, (list, tuple)):
+        return [image for nested in images for image in _as_list_of_images(nested)]
+    return [load_image(os.fspath(images)) if isinstance(images, (str, os.PathLike)) else images]
+
+
+__all__ = ["Ma2mbaProcessor"]
