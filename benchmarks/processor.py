@@ -2,8 +2,8 @@
 
     python benchmarks/processor.py
 
-Frames are given as they are, so that nothing is decoded or resized. Compared with what the tokenizer would need for the
-same text with every placeholder written out. Writes `benchmarks/results/processor.json`.
+Frames are given as they are, so that nothing is decoded or resized. Compared with what the tokenizer would need for
+the same text with every placeholder written out. Writes `benchmarks/results/processor.json`.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Answers questions about a video file.
 
-    python examples/ask.py film.mp4 "Which shape appears?" "Which way does the ball move?" --model demo/model
+python examples/ask.py film.mp4 "Which shape appears?" "Which way does the ball move?" --model demo/model
 """
 
 import argparse

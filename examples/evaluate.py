@@ -22,8 +22,11 @@ def evaluate(qa, path: Path) -> dict[str, dict[str, float]]:
     answers = defaultdict(list)
     rows = json.loads(path.read_text())
     for row in rows:
-        turns = [message["content"][-1]["text"] for message in conversation_to_messages(row)]
-        questions, expected = turns[0::2], turns[1::2]
+        messages = conversation_to_messages(row)
+        questions, expected = (
+            [message["content"][-1]["text"] for message in messages if message["role"] == role]
+            for role in ("user", "assistant")
+        )
         given = qa(video=str(path.parent / row["video"]), question=questions)
         for kind, right, entry in zip(row.get("kinds", [""] * len(questions)), expected, given, strict=True):
             answers[kind].append((right, entry["answer"]))

@@ -91,11 +91,11 @@ def main():
     )
     model = Ma2mbaForVideoQA(config)
     with torch.no_grad():
-        # The stock initialisation (A from 1 to the number of heads, small time steps) either forgets within tens of
-        # tokens or hardly writes. These few heads start with strong writing and memories of up to thousands of tokens, and
-        # learn within hundreds of steps what takes thousands otherwise.
+        # With the stock initialisation (A from 1 to the number of heads, small time steps) a head either forgets
+        # within tens of tokens or hardly writes. These start with strong writing and memories of up to thousands of
+        # tokens, and learn within hundreds of steps what takes thousands otherwise.
         for layer in model.model.language_model.layers:
-            decay = torch.logspace(-2.3, -0.3, layer.mixer.num_heads)
+            decay = torch.logspace(-3, -0.7, layer.mixer.num_heads)
             layer.mixer.A_log.copy_(decay.log())
     model.save_pretrained(args.output_dir)
     Ma2mbaProcessor.from_model_config(config, tokenizer).save_pretrained(args.output_dir)

@@ -5,7 +5,7 @@
 Each film has six things going on at their own times, each in its place:
 
     top left      a white shape appears for a while       what: which shape?   when: at the start, middle or end?
-    top right     a ball crosses, again and again         direction: which way?
+    top right     a ball comes, crosses and goes          direction: which way?
     bottom left   two coloured blocks, one by one         first: which colour?
     bottom right  a lamp blinks                           count: how often?
     whole frame   a coloured flash of one second          flash: which colour?
@@ -26,13 +26,13 @@ import av
 import numpy as np
 
 SIDE = 128  # pixels
-FPS = 4  # frames per second of the files; the model looks once a second
+FPS = 2  # frames per second of the files; the model looks once a second
 COLOURS = {"red": (230, 60, 50), "green": (60, 200, 80), "blue": (70, 110, 240), "yellow": (240, 210, 60)}
 QUESTIONS = {
     "what": ("Which shape appears?", ("circle", "square", "triangle", "cross")),
     "when": ("When does the shape appear?", ("start", "middle", "end")),
     "direction": ("Which way does the ball move?", ("left", "right", "up", "down")),
-    "first": ("Which colour comes first?", tuple(COLOURS)),
+    "first": ("Which colour is the first block?", tuple(COLOURS)),
     "count": ("How often does the lamp blink?", ("once", "twice", "three times", "four times")),
     "flash": ("Which colour is the flash?", tuple(COLOURS)),
 }
@@ -48,13 +48,15 @@ def plan_film(seconds: int, answers: dict[str, str], rng: random.Random) -> dict
         "end": (seconds - shown, seconds - shown),
     }[answers["when"]]
     shape_start = rng.randint(earliest, latest)
+    moving = rng.randint(6, 8)
+    ball_start = rng.randint(0, seconds - moving)
     second_colour = rng.choice([colour for colour in COLOURS if colour != answers["first"]])
     block_starts = sorted(rng.sample(range(0, seconds - 2, 3), 2))
     blinks = QUESTIONS["count"][1].index(answers["count"]) + 1
     return {
         "seconds": seconds,
         "shape": (answers["what"], shape_start, shape_start + shown),
-        "ball": (answers["direction"], rng.uniform(5, 8), rng.random()),  # seconds a crossing, where it starts
+        "ball": (answers["direction"], ball_start, ball_start + moving),
         "blocks": list(zip([answers["first"], second_colour], block_starts, strict=True)),
         # every other second at most, so that two blinks never run into one
         "blinks": rng.sample(range(0, seconds, 2), blinks),
@@ -94,15 +96,15 @@ def render(film: dict):
         if second in film["blinks"]:
             bottom_right[disc <= 20**2] = (255, 250, 225)
 
-        direction, crossing, phase = film["ball"]
+        direction, start, end = film["ball"]
         step_x, step_y = DIRECTIONS[direction]
         for part in range(FPS):
             frame = still.copy()
-            travelled = (phase + (second + part / FPS) / crossing) * half
-            # Leaving on one side, it comes back on the other.
-            away_x = (columns - step_x * travelled) % half - x
-            away_y = (rows - step_y * travelled) % half - y
-            frame[:half, half:][away_x**2 + away_y**2 <= 17**2] = (250, 150, 60)
+            if start <= second < end:
+                # It rests for a second on one side, crosses, and rests on the other: -1 to 1.
+                way = min(max((second + part / FPS - start - 1) / (end - start - 3), 0), 1) * 2 - 1
+                ball = (columns - x - step_x * way * 15) ** 2 + (rows - y - step_y * way * 15) ** 2 <= 15**2
+                frame[:half, half:][ball] = (250, 150, 60)
             yield frame
 
 
@@ -146,11 +148,11 @@ def make_split(name: str, count: int, lengths: tuple[int, int], output_dir: Path
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--num_train", type=int, default=1800)
+    parser.add_argument("--num_train", type=int, default=4000)
     parser.add_argument("--num_validation", type=int, default=120)
     parser.add_argument("--num_long", type=int, default=60)
     parser.add_argument("--min_seconds", type=int, default=8)
-    parser.add_argument("--max_seconds", type=int, default=24)
+    parser.add_argument("--max_seconds", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.min_seconds < 8:

@@ -23,14 +23,14 @@ license: apache-2.0
 # The toy model of `transformers_ma2mba`
 
 The pipeline loads this checkpoint when no model is named, so that the first try works offline. It has {parameters}
-parameters, sees frames of {size} x {size} pixels once a second, and was made by `make demo` in minutes on two CPU cores.
+parameters, sees frames of {size} x {size} pixels once a second, and was made by `make demo` on two CPU cores.
 
 **It can** answer these questions, in these words, about films made by `examples/make_videos.py`:
 
 {questions}
 
-Accuracy on {num_validation} questions about films it has not seen, {seconds}; and on {num_long} about films four times
-as long as any it was trained on. Guessing the most frequent answer gets at most {guessing:.2f} of a kind right.
+Accuracy on {num_validation} questions about films it has not seen, and on {num_long} about films four times as long as
+any it was trained on, asked one by one. The most frequent answer alone gets at most {guessing:.2f} of a kind right.
 
 {table}
 
@@ -58,7 +58,6 @@ def main():
         ),
         num_validation=validation["all"]["questions"],
         num_long=long["all"]["questions"],
-        seconds="asked one by one",
         guessing=max(result["guessing"] for result in validation.values()),
         table="\n".join(["| kind | held out | four times longer |", "| --- | ---: | ---: |", *rows]),
     )

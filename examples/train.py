@@ -4,7 +4,8 @@
         --validation_file validation.json --output_dir trained --eval_strategy epoch
 
 Files are lists in the LLaVA-Video format: rows of `video` (a path, from the list's folder on) and `conversations`.
-All options of `transformers.TrainingArguments` work; `--resume_from_checkpoint` goes on where a run was stopped.
+All options of `transformers.TrainingArguments` work; `--resume_from_checkpoint last` goes on where the run in
+`--output_dir` was stopped, and a path goes on from there.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from transformers_ma2mba import DataCollatorForVideoQA
 
@@ -25,6 +27,19 @@ class Arguments:
     video_folder: str | None = field(default=None, metadata={"help": "Where video paths start; the list's folder."})
     keep_frames: bool = field(default=False, metadata={"help": "Keep decoded frames in memory; for small data sets."})
     freeze: list[str] = field(default_factory=list, metadata={"help": "Modules to freeze, `vision_tower` for one."})
+
+
+def load_rows(path: str | None, folder: str | None) -> list[dict] | None:
+    """The rows of a list, with paths that start from `folder` or from where the list is."""
+    if path is None:
+        return None
+    start = Path(path).parent if folder is None else Path(folder)
+
+    def whole(paths):
+        return [whole(path) for path in paths] if isinstance(paths, list) else str(start / paths)
+
+    rows = json.loads(Path(path).read_text())
+    return [{key: whole(row[key]) if key in ("video", "image") else row[key] for key in row} for row in rows]
 
 
 def answer_accuracy(prediction) -> dict[str, float]:
@@ -43,6 +58,7 @@ def answer_accuracy(prediction) -> dict[str, float]:
 def main():
     args, training_args = HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses()
     training_args.remove_unused_columns = False  # the collator needs the paths
+    training_args.dataloader_pin_memory &= not training_args.use_cpu
     set_seed(training_args.seed)
 
     model = AutoModel.from_pretrained(args.model_name_or_path)
@@ -54,18 +70,17 @@ def main():
     trainer = Trainer(
         model=model,
         args=training_args,
-        train_dataset=json.loads(Path(args.train_file).read_text()),
-        eval_dataset=json.loads(Path(args.validation_file).read_text()) if args.validation_file else None,
-        data_collator=DataCollatorForVideoQA(
-            processor,
-            folder=args.video_folder or Path(args.train_file).parent,
-            keep_frames=args.keep_frames,
-        ),
+        train_dataset=load_rows(args.train_file, args.video_folder),
+        eval_dataset=load_rows(args.validation_file, args.video_folder),
+        data_collator=DataCollatorForVideoQA(processor, keep_frames=args.keep_frames),
         processing_class=processor,
         compute_metrics=answer_accuracy,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint == "last":
+        checkpoint = get_last_checkpoint(training_args.output_dir)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
     if args.validation_file:

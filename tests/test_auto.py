@@ -154,6 +154,22 @@ def test_a_model_in_pieces_on_several_devices(tmp_path, config, model):
     assert torch.equal(generated, model.generate(**inputs, max_new_tokens=4, do_sample=False))
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_attention_implementations(tmp_path, kind):
+    config = tiny_config(kind)
+    tiny_model(config).save_pretrained(tmp_path)
+    features = []
+    for implementation in ("eager", "sdpa"):
+        loaded = AutoModel.from_pretrained(tmp_path, attn_implementation=implementation)
+        assert loaded.model.vision_tower.config._attn_implementation == implementation
+        with torch.no_grad():
+            features.append(loaded.get_video_features(random_pixels(2)).pooler_output)
+    torch.testing.assert_close(*features, rtol=1e-4, atol=1e-5)
+    loaded.set_attn_implementation("eager")
+    with torch.no_grad():
+        assert torch.equal(loaded.get_video_features(random_pixels(2)).pooler_output, features[0])
+
+
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
 def test_tying_is_as_the_config_says(tmp_path, tie):
     model = tiny_model(tiny_config(text=dict(tie_word_embeddings=tie), tie_word_embeddings=tie))

@@ -141,7 +141,7 @@ def test_several_files_and_a_system_turn(tmp_path):
         ({"id": 7, "video": "a.mp4"}, "Row 7 has no `conversations`"),
         ({"id": 7, "conversations": []}, "Row 7 has no `conversations`"),
         ({"id": 7, "conversations": [{"from": "dog", "value": "Woof"}]}, "Row 7 has the turn .*'dog'.*human or gpt"),
-        ({"id": 7, "conversations": [{"value": "Who?"}]}, "Row 7 has the turn .*'Who.'.*expected `from`"),
+        ({"id": 7, "conversations": [{"value": "Who?"}]}, "Row 7 has the turn .*'Who.'.*`from` must be human or gpt"),
         ({"id": 7, "conversations": [{"from": "human"}]}, "Row 7 has the turn .*'human'.*and `value`"),
         (
             {"id": 7, "video": "a.mp4", "conversations": turns("a", "b")[1:]},

@@ -88,6 +88,15 @@ def test_what_is_seen_matters(model, config):
         assert not torch.equal(generate(model, inputs), generate(model, other)), name
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_embeddings_in_place_of_ids(model, config, num_beams):
+    inputs = make_inputs(config)
+    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, num_beams=num_beams)
+    tokens = model.generate(**inputs, **options)  # which are all there is to return
+    assert torch.equal(tokens, generate(model, make_inputs(config), max_new_tokens=8, num_beams=num_beams))
+
+
 def test_generation_stops_at_the_end_of_text(model, config):
     """By the model's own generation config, in which the language model's end of text stands."""
     inputs = make_inputs(config)

@@ -104,16 +104,14 @@ def what_is_seen(frames: np.ndarray) -> dict[str, str]:
     blocks = [colours.get(tuple(second[96, 32])) for second in seconds]
     blocks = [block for block, flashing in zip(blocks, in_the_corner, strict=True) if block and not flashing]
 
-    # Where the ball is a quarter of a second later; it comes back on the other side.
     ball = (frames[:, :64, 64:] == (250, 150, 60)).all(-1)
-    overlap = {
-        name: sum((np.roll(now, (2 * y, 2 * x), (0, 1)) & later).sum() for now, later in pairwise(ball))
-        for name, (x, y) in make_videos.DIRECTIONS.items()
-    }
+    places = [np.argwhere(frame).mean(0) for frame in ball if frame.any()]
+    down, right = places[-1] - places[0]
+    moved = {name: x * right + y * down for name, (x, y) in make_videos.DIRECTIONS.items()}
     return {
         "what": what,
         "when": when,
-        "direction": max(overlap, key=overlap.get),
+        "direction": max(moved, key=moved.get),
         "first": blocks[0],
         "count": QUESTIONS["count"][1][blinks - 1],
         "flash": flash,

@@ -164,6 +164,17 @@ def test_activation_checkpointing_gives_the_same_gradients(double, config):
         assert_close(gradient, expected[name], **ROUNDED, msg=lambda message, name=name: f"{name}: {message}")
 
 
+def test_mixed_precision(config):
+    """As the Trainer's `bf16` has it: weights in float32, most operations in bfloat16."""
+    model, batch = tiny_model(config).train(), make_batch(config)
+    expected = model(**batch).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch).loss
+    assert loss.dtype == torch.float32 and loss != expected
+    assert_close(loss, expected, rtol=0.05, atol=0)
+    assert all(gradient.isfinite().all() for gradient in gradients(model, loss).values())
+
+
 def test_transformers_knows_the_kind_of_loss(model):
     """Rather than guess it, warn, and tell the Trainer that labels are not shifted."""
     assert model.loss_type == "ForCausalLM"

@@ -5,6 +5,8 @@ import time
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from tiny import VOCABULARY, random_frames, tiny_config, tiny_tokenizer
 from transformers import AutoProcessor
@@ -117,6 +119,29 @@ def test_placeholders_equal_tokenizing_the_text_with_all_of_them(processor):
     assert output["attention_mask"] == [plain["attention_mask"]]
     assert output["pixel_values_videos"].shape == (4, 3, 32, 32)
     assert output["pixel_values"].shape == (2, 3, 32, 32)
+
+
+PIECES = st.one_of(st.sampled_from(["<|endoftext|>", "<|user|>", " ", "\n"]), st.text(max_size=8), st.integers(1, 3))
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(PIECES, st.booleans()), max_size=8))
+def test_placeholders_in_any_text(processor, pieces):
+    """A number is a video of so many frames, or as many images."""
+    text, written_out, videos, images = "", "", [], []
+    for piece, is_video in pieces:
+        if isinstance(piece, str):
+            text, written_out = text + piece, written_out + piece
+        elif is_video:
+            text, written_out = text + VIDEO, written_out + VIDEO * 4 * piece
+            videos.append(random_frames(piece))
+        else:
+            text, written_out = text + IMAGE * piece, written_out + IMAGE * 4 * piece
+            images += list(random_frames(piece))
+    output = processor(text=[text], videos=videos or None, images=images or None)
+    assert output["input_ids"] == processor.tokenizer([written_out])["input_ids"]
+    assert len(output.get("pixel_values_videos", [])) == sum(map(len, videos))
+    assert len(output.get("pixel_values", [])) == len(images)
 
 
 @pytest.mark.parametrize("tokens_per_frame", [1, 4, 144])
@@ -439,6 +464,21 @@ def test_from_model_config_with_other_ids():
     with pytest.raises(ValueError, match="gives <image> the id 382, but the config expects 383: set image_token_id"):
         config = tiny_config(image_token_id=VOCABULARY - 1, video_token_id=VOCABULARY - 2)
         Ma2mbaProcessor.from_model_config(config, tiny_tokenizer())
+
+
+def test_a_tokenizer_without_placeholders():
+    with pytest.raises(ValueError, match="The tokenizer has no token <image>: add it, or let"):
+        Ma2mbaProcessor(tiny_tokenizer(), Ma2mbaVideoProcessor())
+
+
+def test_other_placeholders():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["[i]", "[v]"], special_tokens=True)
+    processor = Ma2mbaProcessor(tokenizer, Ma2mbaVideoProcessor(), 4, image_token="[i]", video_token="[v]")
+    conversation = [user(video(random_frames(2)), image(random_frames(1)[0]), "Not <video>.")]
+    assert processor.apply_chat_template(conversation).endswith("<|user|>[v][i]Not <video>.<|endoftext|>")
+    ids = processor.apply_chat_template(conversation, tokenize=True, return_dict=True)["input_ids"][0]
+    assert (ids.count(VOCABULARY - 1), ids.count(VOCABULARY - 2)) == (8, 4)
 
 
 def test_saving_keeps_everything(tmp_path, film):

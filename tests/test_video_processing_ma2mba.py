@@ -46,7 +46,8 @@ FORMS = {
     "batch-of-one": lambda frames: frames[None],
     "float64": lambda frames: frames / 255,
     "float32": lambda frames: torch.from_numpy(frames).float() / 255,
-    "palette-images": lambda frames: [Image.fromarray(f).convert("RGBA") for f in frames],
+    "float16": lambda frames: (frames / 255).astype(np.float16),
+    "images-with-alpha": lambda frames: [Image.fromarray(frame).convert("RGBA") for frame in frames],
     "turned-around": lambda frames: np.ascontiguousarray(frames[..., ::-1])[..., ::-1],  # from BGR
 }
 

@@ -6,10 +6,9 @@ from .data_collator import DataCollatorForVideoQA
 from .modeling_ma2mba import Ma2mbaForVideoQA, Ma2mbaModel
 from .pipeline_video_question_answering import VideoQuestionAnsweringPipeline
 from .processing_ma2mba import Ma2mbaProcessor
+from .version import __version__
 from .video_processing_ma2mba import Ma2mbaVideoProcessor
 from .video_reader import VideoReadError, iter_frames, probe, read_video
-
-from .version import __version__
 
 __all__ = [
     "DataCollatorForVideoQA",
@@ -20,6 +19,7 @@ __all__ = [
     "Ma2mbaVideoProcessor",
     "VideoQuestionAnsweringPipeline",
     "VideoReadError",
+    "__version__",
     "iter_frames",
     "probe",
     "read_video",

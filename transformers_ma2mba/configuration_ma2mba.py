@@ -132,7 +132,7 @@ class Ma2mbaConfig(PreTrainedConfig):
         for name in ("image_token_id", "video_token_id"):
             if not 0 <= getattr(self, name) < self.text_config.vocab_size:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}, outside of the vocabulary of {self.text_config.vocab_size} rows."
+                    f"{name} is {getattr(self, name)}, outside of the vocabulary of {self.text_config.vocab_size}."
                 )
         if self.image_token_id == self.video_token_id:
             raise ValueError(f"image_token_id and video_token_id must differ, both are {self.image_token_id}.")

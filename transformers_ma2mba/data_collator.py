@@ -23,8 +23,8 @@ def conversation_to_messages(row: dict, folder: str | os.PathLike = "") -> list[
         whether or not the first turn says `<image>` or `<video>`.
 
     Raises:
-        ValueError: if the row has no turns, a turn of an unknown speaker or without text, or a video or an image and no
-            turn of a human.
+        ValueError: if the row has no turns, a turn of an unknown speaker or without text, or a video or an image and
+            no turn of a human.
     """
     turns = row.get("conversations")
     if not turns:
@@ -39,7 +39,7 @@ def conversation_to_messages(row: dict, folder: str | os.PathLike = "") -> list[
     for turn in turns:
         if turn.get("from") not in ROLES or not isinstance(turn.get("value"), str):
             raise ValueError(
-                f"Row {row.get('id', row)!r} has the turn {turn!r}; expected `from`, human or gpt, and `value`, a text."
+                f"Row {row.get('id', row)!r} has the turn {turn!r}: `from` must be human or gpt, and `value` a text."
             )
         text = turn["value"].replace("<video>", "").replace("<image>", "").strip()
         content = [{"type": "text", "text": text}]

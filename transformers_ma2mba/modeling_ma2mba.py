@@ -108,7 +108,8 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = Ma2mbaMultiModalProjector(config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        # What is asked of attention is asked of the vision encoder: Mamba-2 has none, and would refuse.
+        self.language_model = AutoModel.from_config(config.text_config, attn_implementation="eager")
         self._freeze_what_no_feature_reaches()
         self.post_init()
 
@@ -345,29 +346,6 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
         if state is not None and expand_size > 1:
             state.reorder_cache(torch.arange(len(input_ids), device=input_ids.device).repeat_interleave(expand_size))
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        inputs_embeds=None,
-        attention_mask=None,
-        cache_params: Cache | None = None,
-        use_cache: bool | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs,
-    ):
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            cache_params=cache_params,
-            use_cache=use_cache,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        if use_cache and not is_first_iteration:
-            model_inputs["attention_mask"] = None  # a generated token is never padding
-        return model_inputs
 
 
 __all__ = ["Ma2mbaForVideoQA", "Ma2mbaForVideoQAOutput", "Ma2mbaModel", "Ma2mbaModelOutput", "Ma2mbaPreTrainedModel"]

@@ -46,10 +46,10 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             kwargs: anything else goes to `generate`, `max_new_tokens` for example.
 
         Returns:
-            `{"answer": str, "score": float}` for a question and a list of these for a list of questions. The score of a
-            generated answer is the geometric mean of its tokens' probabilities, its end included. With `candidates`,
-            each question gets a list with one such entry a candidate, best first; their scores are the candidates'
-            likelihoods, end included, divided by the sum of them all.
+            `{"answer": str, "score": float}` for a question and a list of these for a list of questions. The score of
+            a generated answer is the geometric mean of its tokens' probabilities, its end included. With
+            `candidates`, each question gets a list with one such entry a candidate, best first; their scores are the
+            candidates' likelihoods, end included, divided by the sum of them all.
 
         Raises:
             ValueError: if the video or the question is missing or empty, or the video cannot be read.
@@ -143,7 +143,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         outputs = self.model(input_ids=input_ids, cache_params=state, use_cache=True, logits_to_keep=1)
         likelihoods = []
         for candidate in candidates:
-            tokens = tokenizer(candidate, add_special_tokens=False, return_tensors="pt")["input_ids"].to(input_ids.device)
+            tokens = tokenizer(candidate, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            tokens = tokens.to(input_ids.device)
             end = tokens.new_tensor([[tokenizer.eos_token_id]])
             logits = self.model(input_ids=tokens, cache_params=copy.deepcopy(state), use_cache=True).logits
             log_probabilities = torch.cat([outputs.logits, logits], dim=1).log_softmax(-1)

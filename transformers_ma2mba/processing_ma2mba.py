@@ -10,13 +10,16 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from .configuration_ma2mba import Ma2mbaConfig
 from .video_processing_ma2mba import Ma2mbaVideoProcessor, Ma2mbaVideosKwargs, as_list_of_videos
 
-# Paper, Table 5. `<|system|>` and friends are ordinary text; what the assistant says, its end-of-text included, is what
-# the model learns.
+# Paper, Table 5. `<|system|>` and friends are ordinary text; what the assistant says, its end-of-text included, is
+# what the model learns.
 CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
 {%- if content is string -%}{{ content }}{%- else -%}
 {%- for block in content -%}
-{%- if block.type == 'video' -%}<video>{%- elif block.type == 'image' -%}<image>{%- else -%}{{ block.text }}{%- endif -%}
+{%- if block.type == 'video' -%}<video>
+{%- elif block.type == 'image' -%}<image>
+{%- else -%}{{ block.text }}
+{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
@@ -59,6 +62,11 @@ class Ma2mbaProcessor(ProcessorMixin):
         image_token: str = "<image>",
         video_token: str = "<video>",
     ):
+        for token in (image_token, video_token):
+            if token not in tokenizer.get_vocab():
+                raise ValueError(
+                    f"The tokenizer has no token {token}: add it, or let `Ma2mbaProcessor.from_model_config` do so."
+                )
         # Padding behind a text would become part of its state. Among the initial arguments it is saved.
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
         self.tokens_per_frame = tokens_per_frame
@@ -66,7 +74,9 @@ class Ma2mbaProcessor(ProcessorMixin):
         self.video_token = video_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(video_token)
-        super().__init__(tokenizer, video_processor, chat_template=chat_template or CHAT_TEMPLATE)
+        if chat_template is None:
+            chat_template = CHAT_TEMPLATE.replace("<image>", image_token).replace("<video>", video_token)
+        super().__init__(tokenizer, video_processor, chat_template=chat_template)
 
     @classmethod
     def from_model_config(cls, config: Ma2mbaConfig, tokenizer) -> "Ma2mbaProcessor":
@@ -78,7 +88,8 @@ class Ma2mbaProcessor(ProcessorMixin):
             ValueError: if they get other ids.
         """
         placeholders = {"<image>": config.image_token_id, "<video>": config.video_token_id}
-        tokenizer.add_tokens([token for token in placeholders if token not in tokenizer.get_vocab()], special_tokens=True)
+        missing = [token for token in placeholders if token not in tokenizer.get_vocab()]
+        tokenizer.add_tokens(missing, special_tokens=True)
         for token, expected in placeholders.items():
             if (token_id := tokenizer.convert_tokens_to_ids(token)) != expected:
                 raise ValueError(
@@ -122,7 +133,7 @@ class Ma2mbaProcessor(ProcessorMixin):
             if not isinstance(texts, (list, tuple)) or not all(isinstance(sample, str) for sample in texts):
                 raise ValueError("text must be a string or a list of strings.")
             self._check_counts(texts, videos, "video", self.video_token, as_list_of_videos)
-            self._check_counts(texts, images, "image", self.image_token, _as_list_of_images)
+            self._check_counts(texts, images, "image", self.image_token, _flat_list_of_images)
 
         data, num_frames, num_images = {}, [], []
         if videos is not None:
@@ -131,11 +142,18 @@ class Ma2mbaProcessor(ProcessorMixin):
             data.update(encoded)
         if images is not None:
             video_options.pop("return_metadata", None)
-            encoded = self.video_processor([[image] for image in _as_list_of_images(images)], **video_options)
+            loaded = [
+                [load_image(os.fspath(image)) if isinstance(image, (str, os.PathLike)) else image]
+                for image in _flat_list_of_images(images)
+            ]
+            encoded = self.video_processor(loaded, **video_options)
             num_images = encoded["num_frames"]
             data["pixel_values"] = encoded["pixel_values_videos"]
         if text is not None:
-            data = {**self._tokenize(texts, num_frames, num_images, text_options), **data}
+            text_inputs = self._tokenize(texts, num_frames, num_images, text_options)
+            if return_tensors is None:
+                text_inputs = {name: [row.tolist() for row in rows] for name, rows in text_inputs.items()}
+            data = {**text_inputs, **data}
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["video_metadata"])
 
     def _check_counts(self, texts: list[str], visuals, kind: str, token: str, flatten):
@@ -152,7 +170,7 @@ class Ma2mbaProcessor(ProcessorMixin):
         if sum(found) != given:
             raise ValueError(
                 f"{where} {sum(found)} {token} placeholder{'' if sum(found) == 1 else 's'}, but {given} {kind}"
-                f"{' was' if given == 1 else 's were'} given: each {kind} needs one {token} where it belongs in the text."
+                f"{' was' if given == 1 else 's were'} given: each {kind} needs one {token} in the text."
             )
 
     def _tokenize(self, texts: list[str], num_frames: list[int], num_images: list[int], options: dict) -> dict:
@@ -184,13 +202,10 @@ class Ma2mbaProcessor(ProcessorMixin):
         elif padding not in (False, None, "do_not_pad"):
             target = max(len(row) for row in expanded["input_ids"])
         if target is None:
-            return {name: [row.tolist() for row in rows] for name, rows in expanded.items()}
+            return expanded
         target = -(-target // multiple) * multiple if multiple else target
         fill = {"input_ids": self.tokenizer.pad_token_id}
-        return {
-            name: np.stack([_pad(row, target, side, fill.get(name, 0)) for row in rows])
-            for name, rows in expanded.items()
-        }
+        return {name: [_pad(row, target, side, fill.get(name, 0)) for row in rows] for name, rows in expanded.items()}
 
     def _adjust_assistant_masks_indices(self, processed_dict, generation_indices):
         # The stock loop visits every token in Python, once a turn. Here placeholders keep the offsets of the one
@@ -201,8 +216,9 @@ class Ma2mbaProcessor(ProcessorMixin):
             mask = np.zeros(len(start), dtype=np.int64)
             for span_start, span_end in spans:
                 mask |= (start < span_end) & (end > span_start)
-            masks.append(mask.tolist())
-        processed_dict["assistant_masks"] = masks
+            masks.append(mask)
+        is_tensor = hasattr(processed_dict["input_ids"], "shape")
+        processed_dict["assistant_masks"] = masks if is_tensor else [mask.tolist() for mask in masks]
         return processed_dict
 
     @property
@@ -228,11 +244,11 @@ def _pad(row: np.ndarray, length: int, side: str, value: int) -> np.ndarray:
     return np.pad(row, [widths, *[(0, 0)] * (row.ndim - 1)], constant_values=value)
 
 
-def _as_list_of_images(images) -> list:
-    """One image, a list, or a list of lists to a flat list of images; paths and URLs are loaded."""
+def _flat_list_of_images(images) -> list:
+    """One image, a list, or a list of lists to a flat list of images, paths and URLs."""
     if isinstance(images, (list, tuple)):
-        return [image for nested in images for image in _as_list_of_images(nested)]
-    return [load_image(os.fspath(images)) if isinstance(images, (str, os.PathLike)) else images]
+        return [image for nested in images for image in _flat_list_of_images(nested)]
+    return [images]
 
 
 __all__ = ["Ma2mbaProcessor"]

@@ -30,9 +30,9 @@ class Ma2mbaVideoProcessor(BaseVideoProcessor):
     r"""Reads videos at a fixed rate, every second of them, and resizes each frame as it is decoded.
 
     A video is a path or URL, an array or tensor of frames `(num_frames, height, width, 3)` or
-    `(num_frames, 3, height, width)`, or a list of PIL images. Files are read at `fps` frames per second of film; frames
-    that are given as such are taken as they are, all of them. Pixels stay uint8: the model normalises them on its
-    device. Ask for `do_rescale=True, do_normalize=True` to get floats for another vision encoder.
+    `(num_frames, 3, height, width)`, or a list of PIL images. Files are read at `fps` frames per second of film;
+    frames that are given as such are taken as they are, all of them. Pixels stay uint8: the model normalises them on
+    its device. Ask for `do_rescale=True, do_normalize=True` to get floats for another vision encoder.
 
     Returns a `BatchFeature` with
 
@@ -98,9 +98,7 @@ class Ma2mbaVideoProcessor(BaseVideoProcessor):
         data = {"pixel_values_videos": pixels, "num_frames": [len(clip) for clip in clips]}
         if options["return_metadata"]:
             data["video_metadata"] = metadata
-        return BatchFeature(
-            data, tensor_type=return_tensors, skip_tensor_conversion=["num_frames", "video_metadata"]
-        )
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["num_frames", "video_metadata"])
 
     def _load(self, video, options) -> tuple[torch.Tensor, VideoMetadata]:
         """One video as uint8 frames `(num_frames, 3, height, width)` of the final size."""
