@@ -32,7 +32,7 @@ QUESTIONS = {
     "what": ("Which shape appears?", ("circle", "square", "triangle", "cross")),
     "when": ("When does the shape appear?", ("start", "middle", "end")),
     "direction": ("Which way does the ball move?", ("left", "right", "up", "down")),
-    "first": ("Which colour is the first block?", tuple(COLOURS)),
+    "first": ("Which colour comes first?", tuple(COLOURS)),
     "count": ("How often does the lamp blink?", ("once", "twice", "three times", "four times")),
     "flash": ("Which colour is the flash?", tuple(COLOURS)),
 }
