@@ -36,7 +36,9 @@ def load_rows(path: str | None, folder: str | None) -> list[dict] | None:
     start = Path(path).parent if folder is None else Path(folder)
 
     def whole(paths):
-        return [whole(path) for path in paths] if isinstance(paths, list) else str(start / paths)
+        if isinstance(paths, list):
+            return [whole(path) for path in paths]
+        return paths if "://" in paths else str(start / paths)
 
     rows = json.loads(Path(path).read_text())
     return [{key: whole(row[key]) if key in ("video", "image") else row[key] for key in row} for row in rows]

@@ -160,3 +160,12 @@ def test_accuracy_counts_answers_that_are_right_to_the_end():
         predictions = np.array([[5, 6, 0, 7, 9, -100], [8, 0, 0, 0, 0, -100]])
 
     assert train.answer_accuracy(Prediction) == {"accuracy": pytest.approx(2 / 3)}
+
+
+def test_paths_start_where_their_list_is(tmp_path):
+    rows = [{"video": "a.mp4"}, {"image": ["b.png", "https://host/c.png"]}, {"conversations": []}]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    beside = [{"video": f"{tmp_path}/a.mp4"}, {"image": [f"{tmp_path}/b.png", "https://host/c.png"]}, rows[2]]
+    assert train.load_rows(tmp_path / "list.json", None) == beside
+    assert train.load_rows(tmp_path / "list.json", "elsewhere")[0] == {"video": "elsewhere/a.mp4"}
+    assert train.load_rows(None, None) is None
