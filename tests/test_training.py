@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -119,7 +120,8 @@ def test_what_was_trained_answers(demo, launched):
 
 def test_resuming_gives_the_weights_of_a_run_without_interruption(demo, launched, monkeypatch):
     """Bit for bit; and frames that are kept in memory are those that are read again."""
-    options = {"resume_from_checkpoint": launched / "checkpoint-2", "keep_frames": True}
+    shutil.copytree(launched / "checkpoint-2", demo / "resumed" / "checkpoint-2")
+    options = {"resume_from_checkpoint": "last", "keep_frames": True}
     train_here(monkeypatch, *arguments(demo, demo / "resumed", **options))
     assert logged(demo / "resumed", "loss") == logged(launched, "loss")
     resumed, expected = (load_file(folder / "model.safetensors") for folder in (demo / "resumed", launched))
