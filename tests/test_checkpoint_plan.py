@@ -1,0 +1,323 @@
+"""The memory model of MA-GC against the paper's figures, a stock block, and a search of the whole grid."""
+
+import itertools
+import re
+import time
+
+import pytest
+import torch
+from tiny import tiny_text_config
+from transformers import CLIPVisionConfig
+from transformers.models.mamba2 import modeling_mamba2
+
+from transformers_ma2mba.checkpoint_plan import (
+    CheckpointPlan,
+    check_interval,
+    format_memory_size,
+    kept_bytes_per_token,
+    longest_sequence,
+    paper_constants,
+    paper_memory,
+    parse_memory_size,
+    plan_checkpoints,
+    smallest_plan,
+)
+from transformers_ma2mba.configuration_ma2mba import Ma2mbaConfig
+from transformers_ma2mba.recurrent_state import carried_cache, read_state, write_state
+from transformers_ma2mba.ssd_scan import install_scan_dispatcher
+
+GiB = 2**30
+
+
+@pytest.fixture(scope="module")
+def large():
+    return Ma2mbaConfig.from_preset("3.1b")
+
+
+@pytest.mark.parametrize(
+    ("preset", "constants"),
+    [
+        ("0.7b", (1024, 269_056, 6_432, 264_448)),
+        ("1.8b", (2048, 537_344, 12_608, 528_640)),
+        ("3.1b", (2560, 671_488, 15_696, 660_736)),
+    ],
+)
+def test_constants_are_those_of_table_7(preset, constants):
+    assert paper_constants(Ma2mbaConfig.from_preset(preset)) == constants
+
+
+def test_a_stock_configuration_will_do(large):
+    assert paper_constants(large.text_config) == paper_constants(large)
+    assert plan_checkpoints(large.text_config, 5000) == plan_checkpoints(large, 5000)
+
+
+def test_formula_gives_the_figure_of_the_paper(large):
+    intervals = itertools.product(range(1, 65), range(256, 2**14, 256))
+    layer_interval, sequence_interval = min(intervals, key=lambda cell: paper_memory(large, 2**19, *cell))
+    elements = paper_memory(large, 2**19, layer_interval, sequence_interval)
+    assert round(2 * elements / GiB, 1) == 17.4
+    assert (layer_interval, sequence_interval) == (28, 7168)
+
+
+@pytest.mark.parametrize("residual_in_fp32", [True, False], ids=["residual32", "residual"])
+@pytest.mark.parametrize("n_groups", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_stock_block_keeps_what_the_formula_says(dtype, n_groups, residual_in_fp32):
+    tokens = 1024
+    config = tiny_text_config(
+        hidden_size=96, head_dim=24, num_heads=8, n_groups=n_groups, residual_in_fp32=residual_in_fp32
+    )
+    install_scan_dispatcher()
+    block = modeling_mamba2.Mamba2Block(config, layer_idx=0).to(dtype).train()
+    cache = carried_cache(1)
+    with torch.no_grad():
+        block(torch.randn(1, 8, config.hidden_size, dtype=dtype), cache_params=cache)
+    state = read_state(cache.layers[0])
+    write_state(cache.layers[0], type(state)(*(tensor.requires_grad_() for tensor in state)))
+
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    row_dtype = torch.float32 if residual_in_fp32 else dtype
+    hidden_states = torch.randn(1, tokens, config.hidden_size, dtype=row_dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = block(hidden_states, cache_params=cache, lean_scan=True)
+    assert output.dtype == row_dtype
+    assert sum(kept.values()) == pytest.approx(tokens * kept_bytes_per_token(config, dtype), rel=0.01)
+
+
+def test_parameters_of_a_layer_are_counted_as_they_are():
+    for options in (dict(), dict(n_groups=2, use_bias=True, use_conv_bias=False)):
+        config = tiny_text_config(**options)
+        block = modeling_mamba2.Mamba2Block(config, layer_idx=0)
+        plan = plan_checkpoints(config, 64, dtype="float32", layer_interval=1, order="layer-major")
+        assert plan.accumulator_bytes == 4 * sum(parameter.numel() for parameter in block.parameters())
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("20GiB", 20 * GiB),
+        ("512MB", 512 * 10**6),
+        ("1.5 GB", 1_500_000_000),
+        (" 3 kib ", 3072),
+        ("2TiB", 2 * 2**40),
+        ("12345", 12345),
+        (12345, 12345),
+    ],
+)
+def test_sizes_are_read(text, size):
+    assert parse_memory_size(text) == size
+
+
+@pytest.mark.parametrize("value", ["", "lots", "20 gigs", "GiB", "nan", "inf", "1e3", "1,5GB", None, True, 1.5, [1]])
+def test_what_is_no_size_is_refused(value):
+    with pytest.raises(ValueError, match=re.escape(f"{value!r} is not a size of memory")):
+        parse_memory_size(value)
+
+
+@pytest.mark.parametrize("value", [0, -1, "0", "-3GiB", "0.1B"])
+def test_sizes_must_be_above_zero(value):
+    with pytest.raises(ValueError, match="must be at least 1 byte"):
+        parse_memory_size(value)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (999, "999 B"), (1023, "1.00 KiB"), (3.2 * 1024, "3.20 KiB"), (17.4 * GiB, "17.4 GiB")]
+    + [(512 * 2**20, "512 MiB"), (9.996 * GiB, "10.0 GiB"), (99.96 * GiB, "100 GiB"), (2.5 * 2**50, "2,560 TiB")],
+)
+def test_sizes_are_written_with_three_digits(size, text):
+    assert format_memory_size(size) == text
+
+
+def test_intervals_are_checked():
+    assert check_interval("layer_interval", "auto") == "auto"
+    assert check_interval("layer_interval", 7) == 7
+    for value in (0, -1, True, 1.5, "8", None):
+        with pytest.raises(
+            ValueError, match=re.escape('layer_interval must be "auto" or a whole number above 0; got')
+        ):
+            check_interval("layer_interval", value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(sequence_length=0), "sequence_length must be a whole number above 0; got 0"),
+        (dict(sequence_length=True), "sequence_length must be"),
+        (dict(batch_size=0), "batch_size must be"),
+        (dict(order="diagonal"), "order must be 'layer-major', 'sequence-major' or 'auto'; got 'diagonal'"),
+        (dict(dtype="int8"), "dtype must be float16, bfloat16, float32 or float64; got 'int8'"),
+        (dict(parameter_dtype=torch.int32), "parameter_dtype must be"),
+        (dict(layer_interval=0), "layer_interval must be"),
+        (dict(sequence_interval=True), "sequence_interval must be"),
+        (dict(memory_budget="-1GiB"), "at least 1 byte"),
+    ],
+)
+def test_arguments_are_checked(config, arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan_checkpoints(config, **{"sequence_length": 100, **arguments})
+
+
+def test_other_configurations_are_refused():
+    with pytest.raises(ValueError, match="CLIPVisionConfig is not the configuration of a Mamba-2 model"):
+        plan_checkpoints(CLIPVisionConfig(), 100)
+
+
+@pytest.mark.parametrize("length", [1, 2, 8, 255, 256, 257, 1000, 4097, 2**19, 2**22])
+@pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
+def test_intervals_suit_model_and_sequence(large, length, offload):
+    for plan in (plan_checkpoints(large, length, offload=offload), smallest_plan(large, length, offload=offload)):
+        assert 1 <= plan.layer_interval <= 64
+        assert min(length, 256) <= plan.sequence_interval <= length
+        assert plan.sequence_interval % 256 == 0 or plan.sequence_interval == length
+        assert plan.device_bytes > 0
+        assert (plan.host_bytes > 0) == offload
+
+
+def test_given_intervals_are_kept_or_clipped(large):
+    plan = plan_checkpoints(large, 10_000, layer_interval=7, sequence_interval=777)
+    assert (plan.layer_interval, plan.sequence_interval, plan.order) == (7, 777, "layer-major")
+    assert (plan.num_layer_groups, plan.num_segments) == (10, 13)
+    plan = plan_checkpoints(large, 10_000, layer_interval=100, sequence_interval=20_000)
+    assert (plan.layer_interval, plan.sequence_interval) == (64, 10_000)
+    assert plan.state_border_bytes == plan.segment_bytes == 0
+
+
+def test_no_segment_is_a_single_token(large):
+    assert plan_checkpoints(large, 513, sequence_interval=256).num_segments == 2
+    assert plan_checkpoints(large, 514, sequence_interval=256).num_segments == 3
+    assert plan_checkpoints(large, 7, sequence_interval=1).sequence_interval == 2
+    assert plan_checkpoints(large, 1, sequence_interval=1).num_segments == 1
+
+
+def test_work_is_that_of_the_order(large):
+    for order, layer_interval, passes in (("layer-major", 8, 1), ("sequence-major", 8, 2), ("sequence-major", 64, 1)):
+        plan = plan_checkpoints(large, 9000, order=order, layer_interval=layer_interval)
+        assert plan.extra_compute == pytest.approx(passes / 3)
+
+
+def test_memory_grows_less_than_the_sequence(large):
+    for offload in (False, True):
+        sizes = [smallest_plan(large, 2**power, offload=offload).device_bytes for power in range(10, 23)]
+        for shorter, longer in itertools.pairwise(sizes):
+            assert shorter <= longer < 2 * shorter
+
+
+def test_memory_of_one_plan_grows_with_what_it_holds(large):
+    def size(**options):
+        options = {"layer_interval": 8, "sequence_interval": 1024, "order": "layer-major", **options}
+        return plan_checkpoints(large, options.pop("sequence_length", 2**15), **options).device_bytes
+
+    assert size() < size(sequence_length=2**16) < size(sequence_length=2**17)
+    assert size() < size(batch_size=2) < 2 * size()  # the sums of parameter gradients have no batch
+    assert size(parameter_dtype="bfloat16") == size() < size(dtype="float32")
+    assert size(parameter_dtype="float32") < size()  # the sum of a float32 parameter's gradients is its gradient
+
+
+def test_offloading_moves_checkpoints_to_the_host(large):
+    options = dict(layer_interval=8, sequence_interval=1024)
+    for order in ("layer-major", "sequence-major"):
+        here = plan_checkpoints(large, 2**17, order=order, **options)
+        there = plan_checkpoints(large, 2**17, order=order, offload=True, **options)
+        assert there.device_bytes < here.device_bytes
+        assert here.host_bytes == 0
+        assert there.host_bytes >= there.hidden_border_bytes + there.state_border_bytes > 0
+
+
+def test_offloaded_sequence_major_does_not_grow_with_the_sequence(large):
+    options = dict(order="sequence-major", layer_interval=8, sequence_interval=1024, offload=True)
+    assert len({plan_checkpoints(large, 2**power, **options).device_bytes for power in range(12, 23)}) == 1
+
+
+def _all_plans(config, length, offload):
+    chunk = config.chunk_size
+    for order in ("layer-major", "sequence-major"):
+        for layers in range(1, config.num_hidden_layers + 1):
+            for tokens in {*range(chunk, length, chunk), length}:
+                options = dict(order=order, layer_interval=layers, sequence_interval=tokens, offload=offload)
+                yield plan_checkpoints(config, length, dtype="float32", **options)
+
+
+@pytest.mark.parametrize("length", [5, 8, 65, 173])
+@pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
+def test_a_budget_gets_the_fastest_plan_that_fits(length, offload):
+    config = tiny_text_config(num_hidden_layers=6)
+
+    def slowness(plan: CheckpointPlan):
+        return plan.extra_compute, plan.num_layer_groups * plan.num_segments
+
+    plans = list(_all_plans(config, length, offload))
+    sizes = sorted({plan.device_bytes for plan in plans})
+    assert smallest_plan(config, length, dtype="float32", offload=offload).device_bytes == sizes[0]
+    for budget in {sizes[0], sizes[len(sizes) // 4], sizes[len(sizes) // 2], sizes[-1]}:
+        plan = plan_checkpoints(config, length, budget, dtype="float32", offload=offload)
+        assert plan.device_bytes <= budget
+        assert slowness(plan) == min(slowness(other) for other in plans if other.device_bytes <= budget)
+    with pytest.raises(ValueError, match="No plan"):
+        plan_checkpoints(config, length, sizes[0] - 1, dtype="float32", offload=offload)
+
+
+def test_without_a_budget_memory_is_almost_the_smallest_of_the_fastest():
+    config = tiny_text_config(num_hidden_layers=6)
+    plans = [plan for plan in _all_plans(config, 1500, False) if plan.extra_compute < 0.5]
+    plans = [plan for plan in plans if plan.sequence_interval >= 256]
+    smallest = min(plan.device_bytes for plan in plans)
+    plan = plan_checkpoints(config, 1500, dtype="float32")
+    assert plan.extra_compute == pytest.approx(1 / 3)
+    assert plan.device_bytes <= 1.05 * smallest
+    assert plan.sequence_interval >= 256
+
+
+def test_error_says_what_is_needed_and_what_helps(large):
+    with pytest.raises(ValueError) as error:
+        plan_checkpoints(large, 2**18, "18GiB")
+    needed = smallest_plan(large, 2**18).device_bytes
+    length = longest_sequence(large, "18GiB")
+    message = str(error.value)
+    assert f"fits a memory budget of 18.0 GiB: the smallest needs {format_memory_size(needed)}." in message
+    assert re.search(r"offload=True would fit, with 1\d\.\d GiB and [\d.]+ GiB of host memory\.", message)
+    assert message.endswith(f"Up to {length:,} tokens fit with these settings.")
+    assert plan_checkpoints(large, length, "18GiB").device_bytes <= 18 * GiB
+    assert plan_checkpoints(large, 2**18, "18GiB", offload=True).device_bytes <= 18 * GiB
+    with pytest.raises(ValueError):
+        plan_checkpoints(large, length + 256, "18GiB")
+
+    with pytest.raises(ValueError, match=r"offload=True would still need .* No shorter sequence fits either\.$"):
+        plan_checkpoints(large, 2**18, "100MiB")
+    with pytest.raises(ValueError, match=r'Intervals and order left at "auto" would fit, with '):
+        plan_checkpoints(large, 2**14, "20GiB", layer_interval=64, sequence_interval=2**14)
+
+
+def test_longest_sequence(large):
+    assert longest_sequence(large, "1MiB") == 0
+    assert longest_sequence(large, "20GiB", offload=True) is None  # sequence-major: it waits in host memory
+
+
+def test_a_plan_prints_as_a_table(large):
+    lines = str(plan_checkpoints(large, 2**19, layer_interval=16, sequence_interval=4096)).splitlines()
+    assert lines[0] == "MA-GC plan for 1 x 524,288 tokens, 64 layers"
+    assert {len(line) for line in lines[1:]} == {64}
+    table = dict(re.split(r"\s{2,}", line.strip()) for line in lines[1:])
+    assert table["order"] == "layer-major"
+    assert table["cell"] == "16 layers x 4,096 tokens"
+    assert table["grid"] == "4 x 128 = 512 cells"
+    assert table["hidden states kept"] == "17.5 GiB"  # 2^19 x 2560 x (2 + 3 x 4) bytes
+    assert table["extra compute"] == "+33%"
+    assert re.fullmatch(r"[\d.]+ GiB", table["device in all"])
+    assert "hidden states kept (host)" in str(plan_checkpoints(large, 2**19, offload=True))
+
+
+def test_planning_takes_no_time(large):
+    plan_checkpoints(large, 1000)
+    start = time.process_time()
+    for length in range(2**21, 2**21 + 20):
+        plan_checkpoints(large, length)
+    assert (time.process_time() - start) / 20 < 0.02
