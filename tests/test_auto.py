@@ -246,3 +246,11 @@ def test_the_pipeline_loads_model_and_processor(tmp_path, config, processor, dty
     assert type(pipe) is VideoQuestionAnsweringPipeline
     assert type(pipe.processor) is Ma2mbaProcessor
     assert_same_weights(pipe.model, model)
+
+
+def test_loading_keeps_frozen_what_no_feature_reaches(model, checkpoint):
+    """Trainer's DDP would wait for their gradients."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    loaded = AutoModel.from_pretrained(checkpoint)
+    assert frozen and frozen == {name for name, parameter in loaded.named_parameters() if not parameter.requires_grad}
+    assert all("layers.2." in name or "post_layernorm" in name for name in frozen)

@@ -276,6 +276,15 @@ def test_without_a_budget_memory_is_almost_the_smallest_of_the_fastest():
     assert plan.sequence_interval >= 256
 
 
+def test_the_minimal_budget_gets_the_smallest_plan(large):
+    for length in (5000, 2**17):
+        plan = plan_checkpoints(large, length, "minimal")
+        assert plan == smallest_plan(large, length)
+        assert plan.device_bytes <= plan_checkpoints(large, length).device_bytes
+    offloaded = plan_checkpoints(large, 2**20, "minimal", offload=True)
+    assert offloaded.host_bytes < 2 * plan_checkpoints(large, 2**20, "minimal").device_bytes
+
+
 def test_error_says_what_is_needed_and_what_helps(large):
     with pytest.raises(ValueError) as error:
         plan_checkpoints(large, 2**18, "18GiB")

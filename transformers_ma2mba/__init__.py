@@ -1,9 +1,11 @@
 """Video-Ma²mba for Transformers: importing this package registers it with the Auto classes and `pipeline`."""
 
 from . import auto  # noqa: F401  registers
+from .checkpoint_plan import CheckpointPlan, plan_checkpoints
 from .configuration_ma2mba import Ma2mbaConfig
 from .data_collator import DataCollatorForVideoQA
 from .modeling_ma2mba import Ma2mbaForVideoQA, Ma2mbaModel
+from .multi_axis_checkpointing import disable_multi_axis_checkpointing, enable_multi_axis_checkpointing
 from .pipeline_video_question_answering import VideoQuestionAnsweringPipeline
 from .processing_ma2mba import Ma2mbaProcessor
 from .version import __version__
@@ -11,6 +13,7 @@ from .video_processing_ma2mba import Ma2mbaVideoProcessor
 from .video_reader import VideoReadError, iter_frames, probe, read_video
 
 __all__ = [
+    "CheckpointPlan",
     "DataCollatorForVideoQA",
     "Ma2mbaConfig",
     "Ma2mbaForVideoQA",
@@ -20,7 +23,10 @@ __all__ = [
     "VideoQuestionAnsweringPipeline",
     "VideoReadError",
     "__version__",
+    "disable_multi_axis_checkpointing",
+    "enable_multi_axis_checkpointing",
     "iter_frames",
+    "plan_checkpoints",
     "probe",
     "read_video",
 ]

@@ -77,6 +77,15 @@ def check_interval(name: str, value: int | str) -> int | str:
     raise ValueError(f'{name} must be "auto" or a whole number above 0; got {value!r}.')
 
 
+def check_memory_budget(value: int | str | None) -> int | str | None:
+    """A budget in bytes, or `"minimal"` or None themselves.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    return value if value is None or value == "minimal" else parse_memory_size(value)
+
+
 class PaperConstants(NamedTuple):
     """Elements per checkpoint (paper, Table 7)."""
 
@@ -256,13 +265,14 @@ def plan_checkpoints(
     Without a budget: of the plans with the least computation, one whose expected device memory is within 5% of the
     smallest, with as few cells as that allows and no segment below 256 tokens; with `offload`, a byte in host memory
     counts as a quarter of one on the device, or checkpoints would be many without end. With a budget: the fastest plan
-    that fits, which is the one with the least computation, and among those the one with the fewest cells.
+    that fits, which is the one with the least computation, and among those the one with the fewest cells. With
+    `"minimal"` for a budget: the smallest plan of all, however much it computes.
 
     Args:
         config: a `Ma2mbaConfig`, or any configuration whose `text_config`, or which itself, is a `Mamba2Config`.
         sequence_length: tokens of each sample.
         memory_budget: device memory for activations, such as `"20GiB"` or a number of bytes: what `device_bytes` of
-            the plan may reach. Weights, gradients and optimizer come on top.
+            the plan may reach. Weights, gradients and optimizer come on top. Or `"minimal"`, or None.
         dtype: of the activations, a torch dtype or its name.
         offload: whether checkpoints may wait in host memory.
         layer_interval, sequence_interval: a cell's layers and tokens, kept as given (no more than there are), or
@@ -279,7 +289,7 @@ def plan_checkpoints(
             raise ValueError(f"{name} must be a whole number above 0; got {value!r}.")
     if order not in ("auto", *ORDERS):
         raise ValueError(f"order must be {', '.join(map(repr, ORDERS))} or 'auto'; got {order!r}.")
-    budget = None if memory_budget is None else parse_memory_size(memory_budget)
+    budget = check_memory_budget(memory_budget)
     candidates = _Candidates.of(
         sizes=_Sizes.of(config, dtype, dtype if parameter_dtype is None else parameter_dtype),
         sequence_length=int(sequence_length),
@@ -292,6 +302,8 @@ def plan_checkpoints(
     )
     if budget is None:
         return candidates.smallest_of_fastest()
+    if budget == "minimal":
+        return candidates.smallest_in_all()
     plan = candidates.fastest_within(budget)
     if plan is None:
         options = dict(batch_size=batch_size, dtype=dtype, parameter_dtype=parameter_dtype)
@@ -586,6 +598,9 @@ class _Candidates(NamedTuple):
     def smallest(self) -> CheckpointPlan:
         return self._plan(int(self.device.argmin()))
 
+    def smallest_in_all(self) -> CheckpointPlan:
+        return self._plan(int((self.device + self.host / _HOST_SHARE).argmin()))
+
     def smallest_of_fastest(self) -> CheckpointPlan:
         fast = self.passes == self.passes.min()
         memory = self.device + self.host / _HOST_SHARE
@@ -599,6 +614,7 @@ class _Candidates(NamedTuple):
 __all__ = [
     "CheckpointPlan",
     "check_interval",
+    "check_memory_budget",
     "format_memory_size",
     "kept_bytes_per_token",
     "longest_sequence",

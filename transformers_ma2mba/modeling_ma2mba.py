@@ -6,10 +6,12 @@ K supervised positions, V vocabulary.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -17,6 +19,13 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import ModelOutput
 
 from .configuration_ma2mba import Ma2mbaConfig
+from .multi_axis_checkpointing import (
+    checkpointing_options,
+    disable_multi_axis_checkpointing,
+    enable_multi_axis_checkpointing,
+    is_multi_axis_checkpointed,
+)
+from .sharded_modules import is_sharded, most_of_all_processes
 
 
 @dataclass
@@ -100,6 +109,42 @@ class Ma2mbaPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
 
+    def tie_weights(self, *args, **kwargs):
+        super().tie_weights(*args, **kwargs)
+        # The last step of building and of loading; the latter makes new parameters, which all want gradients.
+        for module in self.modules():
+            if isinstance(module, Ma2mbaModel):
+                module.freeze_what_no_feature_reaches()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, every_n_layers=1, offload=False):
+        """Trains with MA-GC, multi-axis gradient checkpointing (paper §3.2): exact gradients, activation memory O(S).
+
+        The vision encoder is restored too, `config.frames_per_vision_pass` frames at a time.
+        `activation_checkpointing_enable` comes here as well, with the same arguments.
+
+        Args:
+            gradient_checkpointing_kwargs: `layer_interval`, `sequence_interval`, `memory_budget`, `offload` and
+                `order` as in [`enable_multi_axis_checkpointing`]; without them, each length gets a plan.
+            every_n_layers: must be 1; [`Trainer`] takes it out of the kwargs.
+            offload: the same as the key.
+
+        Raises:
+            ValueError: if a key is unknown, or a value makes no sense.
+        """
+        enable_multi_axis_checkpointing(
+            self, **checkpointing_options(gradient_checkpointing_kwargs, every_n_layers, offload)
+        )
+
+    def gradient_checkpointing_disable(self):
+        """Returns to the plain forward pass."""
+        disable_multi_axis_checkpointing(self)
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        return is_multi_axis_checkpointed(self)
+
+    is_gradient_checkpointing = is_activation_checkpointing  # PEFT asks by the old name
+
 
 class Ma2mbaModel(Ma2mbaPreTrainedModel):
     """Vision encoder, projector and Mamba-2 language model, without the language-model head."""
@@ -110,12 +155,11 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         self.multi_modal_projector = Ma2mbaMultiModalProjector(config)
         # What is asked of attention is asked of the vision encoder: Mamba-2 has none, and would refuse.
         self.language_model = AutoModel.from_config(config.text_config, attn_implementation="eager")
-        self._freeze_what_no_feature_reaches()
         self.post_init()
 
-    def _freeze_what_no_feature_reaches(self):
-        # Features are taken below the last layers of the vision tower. What lies above never gets a gradient;
-        # saying so here keeps DDP and ZeRO from waiting for one.
+    def freeze_what_no_feature_reaches(self):
+        """Features are taken below the last layers of the vision tower. What lies above never gets a gradient; saying
+        so keeps DDP and ZeRO from waiting for one."""
         layers = self.vision_tower.encoder.layers
         used = self.config.vision_feature_layer % (len(layers) + 1)
         for module in (*layers[used:], self.vision_tower.post_layernorm, getattr(self.vision_tower, "head", None)):
@@ -176,8 +220,11 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         self._check_pixels(pixel_values, "pixel_values")
         return self._encode_in_pieces(pixel_values)
 
-    def _encode_in_pieces(self, pixels: torch.Tensor) -> BaseModelOutputWithPooling:
-        pieces = [self._encode_frames(piece) for piece in pixels.split(self.config.frames_per_vision_pass)]
+    def _encode_in_pieces(self, pixels: torch.Tensor, frames_per_piece=None) -> BaseModelOutputWithPooling:
+        encode = self._encode_frames
+        if self.training and torch.is_grad_enabled() and is_multi_axis_checkpointed(self):
+            encode = partial(checkpoint, encode, use_reentrant=False)
+        pieces = [encode(piece) for piece in pixels.split(frames_per_piece or self.config.frames_per_vision_pass)]
         return BaseModelOutputWithPooling(pooler_output=pieces[0] if len(pieces) == 1 else torch.cat(pieces))
 
     def _place_features(self, inputs_embeds_BTD, input_ids_BT, features_FND, token_id, name):
@@ -197,6 +244,29 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         features = features_FND.flatten(0, 1).to(inputs_embeds_BTD.device, inputs_embeds_BTD.dtype)
         return inputs_embeds_BTD.index_put(positions, features)
 
+    def _count_idle_pieces(self, pixels: list[torch.Tensor], device) -> int:
+        """How many pieces more than its own this process must run through the vision modules for the others' sake.
+
+        All processes wait until every trained parameter has had its gradient everywhere, in a batch without pictures
+        too. Where modules are sharded, all wait until each process has called them as often.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return 0
+        own = needed = sum(math.ceil(len(frames) / self.config.frames_per_vision_pass) for frames in pixels)
+        modules = [*self.vision_tower.modules(), *self.multi_modal_projector.modules()]
+        if own == 0 and self.training and torch.is_grad_enabled():
+            needed = int(any(parameter.requires_grad for module in modules for parameter in module.parameters(False)))
+        if any(map(is_sharded, modules)):
+            needed = most_of_all_processes(needed, device)
+        return needed - own
+
+    def _with_idle_pieces(self, inputs_embeds_BTD, num_pieces: int):
+        """Runs blank frames through the vision modules. They change nothing, and give gradients of zero."""
+        size = self.config.vision_config.image_size
+        frames = torch.zeros(num_pieces, 3, size, size, dtype=torch.uint8)
+        features = self._encode_in_pieces(frames, frames_per_piece=1).pooler_output
+        return inputs_embeds_BTD + 0.0 * features.sum().to(inputs_embeds_BTD)
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -208,14 +278,22 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        rows_to_keep: torch.Tensor | None = None,
         **kwargs,
     ) -> Ma2mbaModelOutput:
-        """Arguments as in [`Ma2mbaForVideoQA`]."""
+        """Arguments as in [`Ma2mbaForVideoQA`], and
+
+        Args:
+            rows_to_keep: `(batch_size, sequence_length)`, True for the positions that are wanted: then
+                `last_hidden_state` is `(num_rows, hidden_size)`, sample by sample.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
+        pixels = [frames for frames in (pixel_values, pixel_values_videos) if frames is not None]
+        num_idle_pieces = self._count_idle_pieces(pixels, inputs_embeds.device)
         encoded = dict(mm_encoder_outputs or {})
         if pixel_values is not None:
             encoded["image"] = self.get_image_features(pixel_values)
@@ -225,6 +303,10 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
             token_id = self.config.image_token_id if name == "image" else self.config.video_token_id
             inputs_embeds = self._place_features(inputs_embeds, input_ids, output.pooler_output, token_id, name)
 
+        if num_idle_pieces:
+            inputs_embeds = self._with_idle_pieces(inputs_embeds, num_idle_pieces)
+
+        checkpointed = is_multi_axis_checkpointed(self.language_model)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -232,9 +314,15 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            lean_scan=True,
+            # A grid leaves out what nobody wants; the stock forward pass does not know of this.
+            **({"rows_to_keep": rows_to_keep} if checkpointed else {}),
         )
+        last_hidden_state = outputs.last_hidden_state
+        if rows_to_keep is not None and not checkpointed:
+            last_hidden_state = last_hidden_state[rows_to_keep]
         return Ma2mbaModelOutput(
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=last_hidden_state,
             cache_params=outputs.cache_params,
             hidden_states=outputs.hidden_states,
         )
@@ -298,6 +386,9 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if frames and placeholders do not match, or frames have another size than the vision encoder's.
         """
+        supervised_BT = None
+        if labels is not None:  # the position before each supervised token
+            supervised_BT = F.pad(labels[:, 1:] != -100, (0, 1))
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -308,36 +399,34 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
             use_cache=use_cache if labels is None or use_cache is not None else False,
             output_hidden_states=output_hidden_states,
             mm_encoder_outputs=mm_encoder_outputs,
+            rows_to_keep=supervised_BT,
         )
-        hidden_states_BTD = outputs.last_hidden_state
         loss = None
         if labels is None:
-            hidden_states = slice_logits_to_keep(hidden_states_BTD, logits_to_keep)
+            hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
             logits = self.lm_head(hidden_states.to(self.lm_head.weight.dtype)).float()
         else:
-            loss, logits = self._supervised_loss(hidden_states_BTD, labels, **kwargs)
+            loss, logits = self._supervised_loss(outputs.last_hidden_state, labels, supervised_BT, **kwargs)
         return Ma2mbaForVideoQAOutput(
             loss=loss, logits=logits, cache_params=outputs.cache_params, hidden_states=outputs.hidden_states
         )
 
-    def _supervised_loss(self, hidden_states_BTD, labels_BT, **kwargs):
+    def _supervised_loss(self, hidden_states_KD, labels_BT, supervised_BT, **kwargs):
         """Loss and logits of the positions that predict a supervised token, and of no others."""
-        targets = labels_BT[:, 1:].to(hidden_states_BTD.device)
-        supervised = targets != -100
-        hidden_states_KD = hidden_states_BTD[:, :-1][supervised]
         logits_KV = self.lm_head(hidden_states_KD.to(self.lm_head.weight.dtype)).float()
         if len(logits_KV) == 0:
-            loss = hidden_states_BTD.sum() * 0.0  # nothing to learn, and no NaN to spread
+            loss = logits_KV.sum()  # nothing to learn, and no NaN to spread
         else:
+            targets = labels_BT.roll(-1, dims=1)[supervised_BT]
             loss = self.loss_function(
                 logits=logits_KV,
                 labels=None,
-                shift_labels=targets[supervised],
+                shift_labels=targets.to(logits_KV.device),
                 vocab_size=self.config.text_config.vocab_size,
                 **kwargs,
             )
         # One row per sample again, as the Trainer gathers predictions along the batch.
-        rows = logits_KV.split(supervised.sum(1).tolist())
+        rows = logits_KV.split(supervised_BT.sum(1).tolist())
         return loss, nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):

@@ -1,0 +1,447 @@
+"""The grid against the plain run in float64: losses, states and gradients; and that it keeps and computes no more than
+it should."""
+
+import copy
+import itertools
+import warnings
+
+import pytest
+import torch
+from double_precision import compute_in_double
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_text_config
+from torch import nn
+from transformers import Cache, Mamba2Model
+
+from transformers_ma2mba import checkpoint_grid
+from transformers_ma2mba.checkpoint_grid import segment_bounds
+from transformers_ma2mba.multi_axis_checkpointing import enable_multi_axis_checkpointing
+from transformers_ma2mba.recurrent_state import LayerState, carried_cache, read_state, write_state
+
+ORDERS = ["layer-major", "sequence-major"]
+LAYERS = 5
+WIDTH = 32
+EXACT = 1e-10  # relative, in float64
+
+
+@pytest.fixture(autouse=True)
+def double(monkeypatch):
+    compute_in_double(monkeypatch)
+
+
+def trunk(num_hidden_layers=LAYERS, dtype=torch.float64, seed=0, **options) -> Mamba2Model:
+    torch.manual_seed(seed)
+    config = tiny_text_config(num_hidden_layers=num_hidden_layers, **options)
+    return Mamba2Model(config).to(dtype).train()
+
+
+def checkpointed(model, layer_interval, sequence_interval, order="layer-major", **options):
+    return enable_multi_axis_checkpointing(
+        copy.deepcopy(model), layer_interval, sequence_interval, order=order, **options
+    )
+
+
+def random_states(model, batch_size, dtype=torch.float64, requires_grad=True) -> Cache:
+    """A state to continue, as a prefix might have left it."""
+    config = model.config
+    conv_dim = config.expand * config.hidden_size + 2 * config.n_groups * config.state_size
+    cache = carried_cache(config.num_hidden_layers)
+    for layer in cache.layers:
+        conv = torch.randn(batch_size, conv_dim, config.conv_kernel, dtype=dtype)
+        recurrent = torch.randn(batch_size, config.num_heads, config.head_dim, config.state_size, dtype=dtype)
+        write_state(layer, LayerState(conv.requires_grad_(requires_grad), recurrent.requires_grad_(requires_grad)))
+    return cache
+
+
+def step(model, embeds, mask=None, with_state=False, input_gradient=True, seed=0, rows_to_keep=None):
+    """One training step whose loss weighs every output, and every number of the final state, in its own way."""
+    model.zero_grad()
+    embeds = embeds.clone().requires_grad_(input_gradient)
+    torch.manual_seed(seed)
+    cache = random_states(model, len(embeds), embeds.dtype) if with_state else None
+    initial = [tensor for layer in cache.layers for tensor in read_state(layer)] if with_state else []
+    outputs = model(inputs_embeds=embeds, attention_mask=mask, cache_params=cache)
+    output = outputs.last_hidden_state
+    final = [tensor for layer in cache.layers for tensor in read_state(layer)] if with_state else []
+    generator = torch.Generator().manual_seed(1)
+    weighted = [
+        (tensor * torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator)).sum()
+        for tensor in [output, *final]
+    ]
+    loss = sum(weighted)
+    if loss.requires_grad:
+        loss.backward()
+    results = {"loss": loss.detach(), "output": output.detach(), "inputs": embeds.grad}
+    results |= {f"initial state {index}": tensor.grad for index, tensor in enumerate(initial)}
+    results |= {f"final state {index}": tensor.detach() for index, tensor in enumerate(final)}
+    return results | {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_same(actual: dict, expected: dict, tolerance=EXACT):
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if tensor is None:
+            assert actual[name] is None, name
+        else:
+            difference = (actual[name] - tensor).norm()
+            assert difference <= tolerance * tensor.norm().clamp(min=1e-30), (name, difference / tensor.norm())
+
+
+def left_padding(lengths, total):
+    return torch.stack([(torch.arange(total) >= total - length).long() for length in lengths])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("layer_interval", [1, 2, 5, 9])
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 17, 31])
+def test_gradients_are_those_of_the_plain_run(length, layer_interval, order):
+    model = trunk()
+    embeds = torch.randn(2, length, WIDTH, dtype=torch.float64)
+    expected = step(model, embeds)
+    for sequence_interval in (1, 3, 8, 100):
+        assert_same(step(checkpointed(model, layer_interval, sequence_interval, order), embeds), expected)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("length", [2, 7, 8, 9, 31])
+def test_states_enter_and_leave_with_their_gradients(length, order):
+    model = trunk()
+    embeds = torch.randn(2, length, WIDTH, dtype=torch.float64)
+    expected = step(model, embeds, with_state=True)
+    for layer_interval, sequence_interval in [(1, 4), (2, 3), (5, 8), (9, 100)]:
+        actual = step(checkpointed(model, layer_interval, sequence_interval, order), embeds, with_state=True)
+        assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_left_padding_in_a_batch(order):
+    model = trunk()
+    embeds = torch.randn(4, 23, WIDTH, dtype=torch.float64)
+    mask = left_padding([23, 20, 11, 1], 23)
+    expected = step(model, embeds, mask)
+    assert_same(step(checkpointed(model, 2, 4, order), embeds, mask), expected)
+
+
+FROZEN = {
+    "everything": "",
+    "the lowest layers": ("layers.0", "layers.1", "layers.2"),
+    "the highest layers": ("layers.3", "layers.4", "norm_f"),
+    "a layer between": ("layers.2",),
+    "all but the norms": ("embeddings", *(f"layers.{index}.mixer" for index in range(LAYERS))),
+}
+
+
+@pytest.mark.parametrize("input_gradient", [True, False], ids=["inputs trained", "inputs fixed"])
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("order", ORDERS)
+def test_frozen_parameters(order, frozen, input_gradient):
+    model = trunk()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(FROZEN[frozen]))
+    embeds = torch.randn(2, 11, WIDTH, dtype=torch.float64)
+    expected = step(model, embeds, input_gradient=input_gradient)
+    assert_same(step(checkpointed(model, 2, 4, order), embeds, input_gradient=input_gradient), expected)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(data=st.data())
+def test_drawn_at_random(data):
+    draw = data.draw
+    layers = draw(st.integers(1, 4), "layers")
+    length = draw(st.integers(1, 40), "length")
+    batch_size = draw(st.integers(1, 3), "batch size")
+    with_state = length > 1 and draw(st.booleans(), "state")
+    model = trunk(layers, n_groups=draw(st.sampled_from([1, 2]), "groups"), chunk_size=draw(st.sampled_from([4, 8])))
+    for parameter in model.parameters():
+        parameter.requires_grad_(draw(st.integers(0, 3)) > 0)
+    mask = None
+    if not with_state and draw(st.booleans(), "padding"):
+        mask = left_padding([draw(st.integers(1, length)) for _ in range(batch_size)], length)
+    embeds = torch.randn(batch_size, length, WIDTH, dtype=torch.float64)
+    options = dict(with_state=with_state, input_gradient=draw(st.booleans(), "input gradient"))
+    grid = checkpointed(
+        model,
+        draw(st.integers(1, layers + 1), "layer interval"),
+        draw(st.integers(1, length + 2), "sequence interval"),
+        draw(st.sampled_from(ORDERS), "order"),
+        offload=draw(st.booleans(), "offload"),
+    )
+    assert_same(step(grid, embeds, mask, **options), step(model, embeds, mask, **options))
+
+
+class KeptWhole:
+    """Stands in for the checkpointing Function: the same walk over the same pieces, all of it left to autograd."""
+
+    @staticmethod
+    def apply(walk, hidden_states, *tensors):
+        states, _ = checkpoint_grid._split_states(walk, tensors)
+        with walk.as_in_forward():
+            output, final = walk.run(hidden_states, states)
+        return output, *(tensor for state in final for tensor in state if walk.final_state)
+
+
+def lora(model):
+    torch.manual_seed(3)
+    config = LoraConfig(r=3, lora_dropout=0.4, target_modules=["in_proj"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks a stock model by a name that is about to go
+        return get_peft_model(model, config).to(torch.float64)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_dropout_of_adapters_draws_the_same_masks_again(order, monkeypatch):
+    embeds = torch.randn(2, 19, WIDTH, dtype=torch.float64)
+    grid = enable_multi_axis_checkpointing(lora(trunk()), 2, 4, order=order)
+    actual = step(grid, embeds)
+    monkeypatch.setattr(checkpoint_grid, "_MultiAxisCheckpoint", KeptWhole)
+    assert_same(actual, step(grid, embeds))
+
+
+def test_with_a_single_cell_dropout_is_that_of_the_plain_run():
+    embeds = torch.randn(2, 19, WIDTH, dtype=torch.float64)
+    plain = lora(trunk())
+    assert_same(step(checkpointed(plain, LAYERS, 19), embeds), step(plain, embeds))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_backward_leaves_the_random_state_alone(order):
+    grid = enable_multi_axis_checkpointing(lora(trunk()), 2, 4, order=order)
+    output = grid(inputs_embeds=torch.randn(1, 19, WIDTH, dtype=torch.float64)).last_hidden_state
+    before = torch.get_rng_state()
+    output.sum().backward()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_autocast_holds_in_backward_too(order, monkeypatch):
+    monkeypatch.undo()  # float32 is meant here
+    model = trunk(dtype=torch.float32)
+    embeds = torch.randn(2, 19, WIDTH)
+    grid = checkpointed(model, 2, 4, order)
+
+    def autocast_step(model):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return step(model, embeds)
+
+    exact, plain, actual = step(model, embeds), autocast_step(model), autocast_step(grid)
+    assert actual["output"].dtype == plain["output"].dtype
+
+    def mean_error(results):
+        errors = [
+            (results[name] - tensor).norm() / tensor.norm() for name, tensor in exact.items() if tensor is not None
+        ]
+        return sum(errors) / len(errors)
+
+    assert 0 < mean_error(actual) < 1.3 * mean_error(plain)  # bf16 too, rounded in other places
+    monkeypatch.setattr(checkpoint_grid, "_MultiAxisCheckpoint", KeptWhole)
+    assert_same(actual, autocast_step(grid), tolerance=1e-5)  # rounded in the same places
+
+
+def test_autocast_does_not_remember_weights_cast_without_gradient():
+    model = trunk(dtype=torch.float32)
+    embeds = torch.randn(1, 8, WIDTH)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        checkpointed_model = enable_multi_axis_checkpointing(model, 2, 4)
+        checkpointed_model(inputs_embeds=embeds)
+        type(model).forward(model, inputs_embeds=embeds).last_hidden_state.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.layers.parameters())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_hooks_of_parameters_see_one_gradient(order):
+    grid = checkpointed(trunk(), 2, 4, order)
+    seen = {name: [] for name, _ in grid.layers.named_parameters()}
+    for name, parameter in grid.layers.named_parameters():
+        parameter.register_hook(lambda gradient, name=name: seen[name].append("gradient"))
+        parameter.register_post_accumulate_grad_hook(lambda parameter, name=name: seen[name].append("accumulated"))
+    grid(inputs_embeds=torch.randn(1, 19, WIDTH, dtype=torch.float64)).last_hidden_state.sum().backward()
+    assert all(events == ["gradient", "accumulated"] for events in seen.values())
+
+
+def test_a_parameter_of_several_layers():
+    model = trunk()
+    model.layers[3].mixer.in_proj = model.layers[0].mixer.in_proj
+    embeds = torch.randn(2, 19, WIDTH, dtype=torch.float64)
+    expected = step(model, embeds)
+    for order in ORDERS:
+        assert_same(step(checkpointed(model, 2, 4, order), embeds), expected)
+
+
+def test_second_derivatives_are_refused():
+    grid = checkpointed(trunk(), 2, 4)
+    embeds = torch.randn(1, 9, WIDTH, dtype=torch.float64, requires_grad=True)
+    output = grid(inputs_embeds=embeds).last_hidden_state
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(output.sum(), embeds, create_graph=True)
+
+
+def test_backward_may_be_repeated_with_retain_graph():
+    grid = checkpointed(trunk(), 2, 4)
+    loss = grid(inputs_embeds=torch.randn(1, 9, WIDTH, dtype=torch.float64)).last_hidden_state.sum()
+    loss.backward(retain_graph=True)
+    once = [parameter.grad.clone() for parameter in grid.layers.parameters()]
+    loss.backward()
+    for parameter, gradient in zip(grid.layers.parameters(), once, strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * gradient)
+
+
+def test_one_token_that_continues_a_state_is_refused():
+    grid = checkpointed(trunk(), 2, 4)
+    with pytest.raises(ValueError, match="single token"):
+        step(grid, torch.randn(1, 1, WIDTH, dtype=torch.float64), with_state=True)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kept", ["some", "first", "none"])
+def test_rows_to_keep(order, kept):
+    model = trunk()
+    embeds = torch.randn(3, 19, WIDTH, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    mask = {
+        "some": torch.rand(3, 19, generator=generator) < 0.3,
+        "first": torch.arange(19).expand(3, -1) < 2,
+        "none": torch.zeros(3, 19, dtype=torch.bool),
+    }[kept]
+    results = []
+    for grid in (model, checkpointed(model, 2, 4, order)):
+        grid.zero_grad()
+        inputs = embeds.clone().requires_grad_()
+        if grid is model:
+            rows = grid(inputs_embeds=inputs).last_hidden_state[mask]
+        else:
+            rows = grid(inputs_embeds=inputs, rows_to_keep=mask).last_hidden_state
+        (rows * torch.arange(1, rows.numel() + 1).view_as(rows)).sum().backward()
+        results.append({"rows": rows.detach(), "inputs": inputs.grad})
+        results[-1] |= {name: parameter.grad for name, parameter in grid.named_parameters()}
+    expected, actual = results
+    assert_same(actual, expected)
+
+
+@given(length=st.integers(1, 300), interval=st.integers(1, 320))
+def test_segments_cover_the_sequence_and_none_is_a_single_token(length, interval):
+    bounds = segment_bounds(length, interval)
+    assert [bounds[0][0], bounds[-1][1]] == [0, length]
+    assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(bounds))
+    sizes = [stop - start for start, stop in bounds]
+    assert length == 1 or min(sizes) >= 2
+    assert max(sizes) <= max(interval, 2) + 1
+
+
+def saved_by(output):
+    """What the graph behind a tensor keeps, node by node."""
+    nodes, seen = [output.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield from getattr(node, "saved_tensors", ())
+        nodes.extend(function for function, _ in node.next_functions)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_is_kept_pins_no_more_than_itself(order):
+    model = checkpointed(trunk(residual_in_fp32=False), 2, 8, order)
+    config, length = model.config, 40
+    embeds = torch.randn(2, length, WIDTH, dtype=torch.float64, requires_grad=True)
+    kept = list(saved_by(model(inputs_embeds=embeds).last_hidden_state))
+    for tensor in kept:
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    conv_dim = config.expand * WIDTH + 2 * config.n_groups * config.state_size
+    state = conv_dim * config.conv_kernel + config.num_heads * config.head_dim * config.state_size
+    rows = 3 if order == "layer-major" else 1
+    assert sum(tensor.numel() for tensor in kept) == 2 * (rows * length * WIDTH + 4 * LAYERS * state)
+
+
+# How often a layer runs for each segment in forward and backward together, for intervals of 1, 2 and all 5 layers.
+RUNS = {"layer-major": [[2] * 5] * 3, "sequence-major": [[3, 3, 3, 3, 2], [3, 3, 3, 3, 2], [2] * 5]}
+
+
+@pytest.mark.parametrize("case", range(3), ids=["cells of 1 layer", "cells of 2 layers", "whole columns"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_is_computed_again(order, case):
+    model = checkpointed(trunk(), [1, 2, 5][case], 8, order)
+    runs = [0] * LAYERS
+    for index, layer in enumerate(model.layers):
+
+        def count(*_, index=index):
+            runs[index] += 1
+
+        layer.mixer.register_forward_pre_hook(count)
+    model(inputs_embeds=torch.randn(1, 40, WIDTH, dtype=torch.float64)).last_hidden_state.sum().backward()
+    assert runs == [5 * times for times in RUNS[order][case]]
+
+
+class Held:
+    """A tensor that autograd keeps, counted for as long as it does."""
+
+    now = peak = 0
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+        Held.now += tensor.numel()
+        Held.peak = max(Held.peak, Held.now)
+
+    def __del__(self):
+        Held.now -= self.tensor.numel()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_backward_holds_one_cell_whatever_the_length(order):
+    peaks = []
+    for length in (16, 32, 160):
+        model = checkpointed(trunk(), 2, 8, order)
+        loss = model(inputs_embeds=torch.randn(1, length, WIDTH, dtype=torch.float64)).last_hidden_state.sum()
+        Held.now = Held.peak = 0
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+            loss.backward()
+        peaks.append(Held.peak)
+    assert 0 < peaks[0] == peaks[1] == peaks[2]
+
+
+def test_a_layer_that_transformers_would_checkpoint_is_not_restored_twice():
+    model = checkpointed(trunk(), 2, 8)
+    plain = trunk()
+    embeds = torch.randn(1, 20, WIDTH, dtype=torch.float64)
+    expected = step(plain, embeds)
+    model.activation_checkpointing_enable()  # of the stock model: a flag on each layer
+    assert model.is_activation_checkpointing
+    calls = []
+    model.layers[0].mixer.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert_same(step(model, embeds), expected)
+    assert len(calls) == 2 * 3
+
+
+def test_many_cells_do_not_round_half_precision_gradients_away(monkeypatch):
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    model = trunk(1, dtype=torch.float32)
+    embeds = torch.randn(1, 600, WIDTH)
+    expected = step(model, embeds)
+    half = step(checkpointed(model.to(torch.bfloat16), 1, 2), embeds.bfloat16())
+    plain = step(model, embeds.bfloat16())
+    name = "layers.0.mixer.in_proj.weight"
+
+    def error(results):
+        return ((results[name].float() - expected[name]).norm() / expected[name].norm()).item()
+
+    assert error(half) < 1.5 * error(plain)
+
+
+def test_layers_that_are_no_sub_modules_of_a_model_work_too():
+    """The engine asks nothing of the model around the layers."""
+    model = trunk()
+    layers = nn.ModuleList(model.layers)
+    embeds = torch.randn(1, 12, WIDTH, dtype=torch.float64)
+    plan = checkpointed(model, 2, 4)._multi_axis_checkpointing.plan(model, embeds)
+    output = checkpoint_grid.run_checkpointed(list(layers), embeds, plan, final_norm=model.norm_f)
+    torch.testing.assert_close(output, model(inputs_embeds=embeds).last_hidden_state, rtol=1e-12, atol=1e-12)
+
+
+def test_the_first_version_of_fsdp_is_refused():
+    model = checkpointed(trunk(), 2, 4)
+    model.layers[1]._is_fsdp_managed_module = True  # as its constructor says of what is inside
+    with pytest.raises(RuntimeError, match="fsdp_version: 2"):
+        model(inputs_embeds=torch.randn(1, 8, WIDTH, dtype=torch.float64))

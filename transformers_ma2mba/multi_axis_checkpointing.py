@@ -1,0 +1,221 @@
+"""Multi-axis gradient checkpointing for a model: the settings, and the stock Mamba-2 forward pass in a grid.
+
+[`enable_multi_axis_checkpointing`] is for any stock Mamba-2, and what `Ma2mbaForVideoQA.gradient_checkpointing_enable`
+does to the one inside.
+"""
+
+from dataclasses import dataclass, field
+from types import MethodType
+
+import torch
+from torch import nn
+from transformers import DynamicCache, Mamba2Model, PreTrainedModel
+from transformers.masking_utils import create_recurrent_attention_mask
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Output
+
+from .checkpoint_grid import run_checkpointed
+from .checkpoint_plan import CheckpointPlan, check_interval, check_memory_budget, plan_checkpoints
+from .sharded_modules import gather_at_once
+from .ssd_scan import install_scan_dispatcher
+
+install_scan_dispatcher()
+
+
+@dataclass
+class _Settings:
+    """How a model is to be checkpointed, and the plans made of it for the lengths that have come by."""
+
+    layer_interval: int | str = "auto"
+    sequence_interval: int | str = "auto"
+    memory_budget: str | int | None = None
+    offload: bool = False
+    order: str = "auto"
+    plans: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        check_interval("layer_interval", self.layer_interval)
+        check_interval("sequence_interval", self.sequence_interval)
+        check_memory_budget(self.memory_budget)
+        if not isinstance(self.offload, bool):
+            raise ValueError(f"offload must be True or False, got {self.offload!r}.")
+        if self.order not in ("auto", "layer-major", "sequence-major"):
+            raise ValueError(f'order must be "layer-major", "sequence-major" or "auto", got {self.order!r}.')
+
+    def plan(self, model: Mamba2Model, hidden_states: torch.Tensor) -> CheckpointPlan:
+        """The plan for a batch of the shape of `hidden_states`, `(batch_size, sequence_length, hidden_size)`."""
+        kind = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
+        key = (*hidden_states.shape[:2], dtype)
+        if key not in self.plans:
+            if len(self.plans) == 256:  # lengths hardly ever repeat: no need to remember them all
+                self.plans.clear()
+            self.plans[key] = plan_checkpoints(
+                model.config,
+                sequence_length=hidden_states.shape[1],
+                memory_budget=self.memory_budget,
+                batch_size=hidden_states.shape[0],
+                dtype=dtype,
+                offload=self.offload,
+                layer_interval=self.layer_interval,
+                sequence_interval=self.sequence_interval,
+                order=self.order,
+                parameter_dtype=model.norm_f.weight.dtype,
+            )
+        return self.plans[key]
+
+
+def checkpointing_options(kwargs: dict | None, every_n_layers: int = 1, offload: bool = False) -> dict:
+    """What `gradient_checkpointing_enable` was given, as arguments of [`enable_multi_axis_checkpointing`].
+
+    Raises:
+        ValueError: if a key is unknown, or `every_n_layers`, which Transformers' own checkpointing knows, is not 1.
+    """
+    options = dict(kwargs or {})
+    # Of torch.utils.checkpoint, and set by Trainer and PEFT on their own: without a meaning here.
+    options.pop("use_reentrant", None)
+    every_n_layers = options.pop("every_n_layers", every_n_layers)
+    if every_n_layers != 1:
+        raise ValueError(
+            f"every_n_layers={every_n_layers!r} is not for multi-axis gradient checkpointing, which restores every "
+            f"layer: set layer_interval and sequence_interval, or a memory_budget."
+        )
+    options.setdefault("offload", offload)
+    known = ["layer_interval", "sequence_interval", "memory_budget", "offload", "order"]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(
+            f"gradient_checkpointing_kwargs does not know {', '.join(map(repr, unknown))}: "
+            f"it takes {', '.join(known)}."
+        )
+    return options
+
+
+def enable_multi_axis_checkpointing(
+    model: nn.Module,
+    layer_interval: int | str = "auto",
+    sequence_interval: int | str = "auto",
+    memory_budget: str | int | None = None,
+    offload: bool = False,
+    order: str = "auto",
+) -> nn.Module:
+    """Makes a model train with multi-axis gradient checkpointing; weights, names and outputs stay as they are.
+
+    It holds for forward passes in training mode with gradients enabled; a pass that asks for `output_hidden_states`
+    takes the plain way, since it is to keep them all. Calling it again changes the settings.
+
+    Args:
+        model: a `Mamba2Model`, or any model with one inside: `Mamba2ForCausalLM`, `Ma2mbaForVideoQA`, a `PeftModel`.
+        layer_interval: number of layers in a cell, or "auto".
+        sequence_interval: number of tokens in a cell, or "auto".
+        memory_budget: device memory for activations that "auto" may use: "20GiB", bytes, or "minimal" for the least.
+        offload: whether borders wait for backward in host memory.
+        order: "layer-major" (the paper's Algorithms 1 and 2), "sequence-major", or "auto".
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if the model has no stock Mamba-2 inside, or an argument makes no sense.
+    """
+    settings = _Settings(layer_interval, sequence_interval, memory_budget, offload, order)
+    trunk = _mamba2_of(model)
+    gather_at_once(trunk.layers)
+    trunk._multi_axis_checkpointing = settings
+    # Accelerate keeps the forward that its own calls under another name.
+    setattr(trunk, "_old_forward" if "_old_forward" in vars(trunk) else "forward", MethodType(_forward, trunk))
+    return model
+
+
+def disable_multi_axis_checkpointing(model: nn.Module) -> nn.Module:
+    """Gives a model its plain forward pass back. Returns the model."""
+    trunk = _mamba2_of(model)
+    if is_multi_axis_checkpointed(trunk):
+        del trunk._multi_axis_checkpointing
+        if "_old_forward" in vars(trunk):
+            trunk._old_forward = MethodType(type(trunk).forward, trunk)
+        else:
+            del trunk.forward
+    return model
+
+
+def is_multi_axis_checkpointed(model: nn.Module) -> bool:
+    """Whether [`enable_multi_axis_checkpointing`] holds for a model."""
+    return any("_multi_axis_checkpointing" in vars(module) for module in model.modules())
+
+
+def _mamba2_of(model: nn.Module) -> Mamba2Model:
+    trunks = [module for module in model.modules() if isinstance(module, Mamba2Model)]
+    if len(trunks) == 1:
+        return trunks[0]
+    name = type(model).__name__
+    families = {module.config.model_type for module in model.modules() if isinstance(module, PreTrainedModel)}
+    for family in ("mamba", "falcon_mamba"):
+        if family in families:
+            raise ValueError(
+                f"{name} cannot be checkpointed along the sequence: Transformers' {family!r} layers start every pass "
+                f"of more than one token from an empty state, so a sequence cannot be cut. Mamba-2 models can."
+            )
+    raise ValueError(
+        f"Multi-axis gradient checkpointing needs a model with one Mamba2Model inside, whose layers carry a state "
+        f"along the sequence; {name} has {len(trunks)}."
+    )
+
+
+def _forward(
+    self: Mamba2Model,
+    input_ids=None,
+    inputs_embeds=None,
+    cache_params=None,
+    use_cache=None,
+    output_hidden_states=None,
+    return_dict=None,
+    attention_mask=None,
+    rows_to_keep=None,
+    **kwargs,
+):
+    """`Mamba2Model.forward`, with its layers in a grid. `rows_to_keep`, `(batch_size, sequence_length)`, names rows
+    that alone are wanted: then `last_hidden_state` is `(num_rows, hidden_size)`."""
+    if output_hidden_states is None:
+        output_hidden_states = self.config.output_hidden_states
+    if not self.training or not torch.is_grad_enabled() or output_hidden_states:
+        outputs = type(self).forward(
+            self,
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            cache_params=cache_params,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        if rows_to_keep is not None:
+            outputs["last_hidden_state"] = outputs.last_hidden_state[rows_to_keep]
+    else:
+        if kwargs.get("seq_idx") is not None or kwargs.get("cu_seqlens") is not None:
+            raise ValueError("Multi-axis gradient checkpointing cannot keep packed sequences apart: pad them instead.")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds, and not both.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embeddings(input_ids)
+        if use_cache and cache_params is None:
+            cache_params = DynamicCache(config=self.config)
+        for layer in self.layers:
+            layer.gradient_checkpointing = False  # Transformers' own, if Trainer has switched it on: once is enough
+        hidden_states = run_checkpointed(
+            list(self.layers),
+            inputs_embeds,
+            self._multi_axis_checkpointing.plan(self, inputs_embeds),
+            attention_mask=create_recurrent_attention_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=cache_params,
+            ),
+            cache_params=cache_params,
+            final_norm=self.norm_f,
+            rows_to_keep=rows_to_keep,
+            **{"lean_scan": True, **kwargs},
+        )
+        outputs = Mamba2Output(last_hidden_state=hidden_states, cache_params=cache_params if use_cache else None)
+    return outputs if return_dict or (return_dict is None and self.config.return_dict) else outputs.to_tuple()
