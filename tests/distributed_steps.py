@@ -1,0 +1,207 @@
+"""Three training steps under one distributed scheme after another: what test_distributed.py has torchrun start.
+
+Each of two processes takes one of the two samples of each batch. Samples have as many supervised tokens each, so the
+mean over processes is the mean over the batch; all else differs, so that one process has more cells, or more frames,
+than the other, or no pictures at all.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from double_precision import compute_in_double
+from tiny import random_pixels, tiny_config, tiny_model
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+LAYER_INTERVAL = {"layer-major": 2, "sequence-major": 1}
+FRAMES = [(5, 2), (0, 4), (3, 7)]  # of each sample, step by step
+TEXT = [(9, 21), (14, 6), (30, 2)]  # tokens before the frames
+ANSWER = 4
+
+
+def build(order: str | None, frozen=False):
+    """The model in training mode; checkpointed if an order is named; if frozen, with nothing but Mamba-2 to train."""
+    config = tiny_config(text={"num_hidden_layers": 4}, frames_per_vision_pass=2)
+    model = tiny_model(config, dtype=torch.float64).train()
+    for module in (model.model.vision_tower, model.model.multi_modal_projector, model.get_input_embeddings()):
+        if frozen:
+            module.requires_grad_(False)
+    if order is not None:
+        options = {"layer_interval": LAYER_INTERVAL[order], "sequence_interval": 8, "order": order}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    return model
+
+
+def optimizer_of(model):
+    # Some gradients, as those of the biases of keys, are zero but for rounding. Adam would make whole steps of them;
+    # with a larger epsilon it does not.
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-4)
+
+
+def sample(config, step, rank) -> dict:
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    text = torch.randint(2, 300, (TEXT[step][rank] + ANSWER,), generator=generator)
+    frames = FRAMES[step][rank]
+    placeholders = torch.full((frames * config.tokens_per_frame,), config.video_token_id)
+    input_ids = torch.cat([text[:-ANSWER], placeholders, text[-ANSWER:]])
+    labels = input_ids.clone()
+    labels[:-ANSWER] = -100
+    inputs = {"input_ids": input_ids[None], "labels": labels[None]}
+    if frames:
+        inputs["pixel_values_videos"] = random_pixels(frames, seed=10 * step + rank)
+    return inputs
+
+
+def batch(config, step) -> dict:
+    """Both samples, padded on the left."""
+    samples = [sample(config, step, rank) for rank in (0, 1)]
+    longest = max(inputs["input_ids"].shape[1] for inputs in samples)
+
+    def stack(tensors, padding):
+        return torch.cat([nn.functional.pad(t, (longest - t.shape[1], 0), value=padding) for t in tensors])
+
+    return {
+        "input_ids": stack([inputs["input_ids"] for inputs in samples], 1),
+        "labels": stack([inputs["labels"] for inputs in samples], -100),
+        "attention_mask": stack([torch.ones_like(inputs["input_ids"]) for inputs in samples], 0),
+        "pixel_values_videos": torch.cat([inputs.get("pixel_values_videos", torch.empty(0)) for inputs in samples]).to(
+            torch.uint8
+        ),
+    }
+
+
+def one_process(frozen=False) -> dict:
+    """Losses and weights of the plain run, whole batches in one process."""
+    model = build(None, frozen)
+    optimizer = optimizer_of(model)
+    losses = []
+    for step in range(len(FRAMES)):
+        loss = model(**batch(model.config, step)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return {"losses": losses, "weights": model.state_dict()}
+
+
+def train(model, config, backward, step_optimizer) -> dict:
+    """Losses, averaged over the processes; and how often a gradient arrived at each trained parameter in each step."""
+    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    losses, arrivals = [], [Counter(dict.fromkeys(names.values(), 0)) for _ in FRAMES]
+    step = 0
+
+    def count(parameter):
+        arrivals[step][names[parameter]] += 1
+
+    hooks = [parameter.register_post_accumulate_grad_hook(count) for parameter in names]
+    for step in range(len(FRAMES)):  # noqa: B007, `count` reads it
+        loss = model(**sample(config, step, dist.get_rank())).loss
+        backward(loss)
+        step_optimizer()
+        mean = loss.detach() / dist.get_world_size()
+        dist.all_reduce(mean)
+        losses.append(mean.item())
+    for hook in hooks:
+        hook.remove()
+    return {"losses": losses, "arrivals": arrivals}
+
+
+def run_torch(scheme, order, frozen) -> dict:
+    """DDP, or FSDP2 with every block sharded by itself, as accelerate does it."""
+    model = build(order, frozen)
+    wrapped = model
+    if scheme == "ddp":
+        # Trainer sets this for a model that is checkpointed: then a gradient that stays away is an error.
+        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
+    else:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for module in list(model.modules()):
+            if type(module).__name__ in model._no_split_modules:
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = optimizer_of(model)
+
+    def step_optimizer():
+        optimizer.step()
+        optimizer.zero_grad()
+
+    results = train(wrapped, model.config, torch.Tensor.backward, step_optimizer)
+    weights = model.state_dict()
+    if scheme == "fsdp2":
+        weights = {name: tensor.full_tensor() for name, tensor in weights.items()}
+    return results | {"weights": weights}
+
+
+def prepared_by_deepspeed(model, stage):
+    import deepspeed
+
+    # On a CPU it would compile an all-reduce of its own, for minutes. Gloo's will do.
+    deepspeed.ops.__compatible_ops__ = {}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,  # 1.0 if not given
+        "zero_allow_untested_optimizer": True,
+        # Otherwise parameters as small as these stay whole.
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+    return deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=config)[0]
+
+
+def run_zero(scheme, order, frozen) -> dict:
+    import deepspeed
+
+    stage = int(scheme.removeprefix("zero"))
+    model = build(order, frozen)
+    engine = prepared_by_deepspeed(model, stage)
+    results = train(engine, model.config, engine.backward, engine.step)
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
+        weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    engine.destroy()
+    return results | {"weights": weights}
+
+
+def run_too_late() -> dict:
+    """Checkpointing after DeepSpeed has prepared the model."""
+    model = build(None)
+    engine = prepared_by_deepspeed(model, stage=3)
+    try:
+        model.gradient_checkpointing_enable()
+        return {"error": None}
+    except RuntimeError as error:
+        return {"error": str(error)}
+    finally:
+        engine.destroy()
+
+
+def run(scheme, order=None, frozen=None) -> dict:
+    if scheme == "too-late":
+        return run_too_late()
+    return (run_zero if scheme.startswith("zero") else run_torch)(scheme, order, frozen == "frozen")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output_file", required=True)
+    parser.add_argument("runs", nargs="+", help="scheme:order, or scheme:order:frozen")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    results = {}
+    with pytest.MonkeyPatch.context() as patch:
+        compute_in_double(patch)
+        for name in arguments.runs:
+            print(f"{name}, process {dist.get_rank()}", file=sys.stderr, flush=True)
+            results[name] = run(*name.split(":"))
+    if dist.get_rank() == 0:
+        torch.save(results, arguments.output_file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

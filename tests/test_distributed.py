@@ -1,0 +1,92 @@
+"""Three checkpointed training steps on two processes, under DDP, FSDP2 and DeepSpeed's ZeRO, against the plain run in
+one process: the same losses, the same weights, and each parameter's gradient arrives once."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import distributed_steps
+import pytest
+import torch
+from double_precision import compute_in_double
+from tiny import ROOT
+from torch.testing import assert_close
+
+# Absolute, where losses are around 7 and three steps move weights by up to 3e-2. All is in float64, but for ZeRO's own
+# copies of gradients and weights, which are in float32.
+EXACT = {"losses": 1e-12, "weights": 1e-11}
+FLOAT32 = {"losses": 2e-6, "weights": 1e-5}
+SESSIONS = {
+    "torch": [
+        "ddp:layer-major",
+        "ddp:sequence-major",
+        "fsdp2:layer-major",
+        "fsdp2:sequence-major",
+        "fsdp2:layer-major:frozen",
+    ],
+    "deepspeed": [
+        "zero1:layer-major",
+        "zero2:sequence-major",
+        "zero3:layer-major",
+        "zero3:sequence-major",
+        "zero3:layer-major:frozen",
+        "too-late",
+    ],
+}
+
+
+def launch(*arguments):
+    """Runs distributed_steps.py in two processes. What they wrote is in the error if they fail."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+    command += ["--rdzv_endpoint=localhost:0", distributed_steps.__file__, *map(str, arguments)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        output, _ = process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # not killed: so it ends the processes that it has started
+        output, _ = process.communicate(timeout=60)
+        pytest.fail(f"Not done after 3 minutes:\n{output[-10000:]}")
+    assert process.returncode == 0, output[-10000:]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The results of a run. Those of a session share its processes, which take longer to start than to train."""
+
+    @functools.cache
+    def of_session(session):
+        path = tmp_path_factory.mktemp("distributed") / "results.pt"
+        launch("--output_file", path, *SESSIONS[session])
+        return torch.load(path)
+
+    return lambda run: next(of_session(session)[run] for session, runs in SESSIONS.items() if run in runs)
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    with pytest.MonkeyPatch.context() as patch:
+        compute_in_double(patch)
+        return {frozen: distributed_steps.one_process(frozen) for frozen in (False, True)}
+
+
+@pytest.mark.parametrize("run", [*SESSIONS["torch"], *SESSIONS["deepspeed"][:-1]])
+def test_two_processes_make_the_steps_of_one(run, results, one_process):
+    actual, expected = results(run), one_process[run.endswith("frozen")]
+    tolerance = FLOAT32 if run.startswith("zero") else EXACT
+    assert actual["losses"] == pytest.approx(expected["losses"], rel=0, abs=tolerance["losses"])
+    assert actual["weights"].keys() == expected["weights"].keys()
+    assert_close(actual["weights"], dict(expected["weights"]), rtol=0, atol=tolerance["weights"])
+    for arrivals in actual["arrivals"]:
+        assert arrivals and set(arrivals.values()) == {1}, {name: n for name, n in arrivals.items() if n != 1}
+
+
+def test_deepspeed_must_find_the_model_checkpointed(results):
+    assert "enable it before deepspeed.initialize" in results("too-late")["error"]
