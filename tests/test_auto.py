@@ -211,7 +211,9 @@ def test_weights_of_a_stock_mamba2_load_as_they_are(tmp_path, config, model):
     stock = AutoModel.from_pretrained(tmp_path)
     ids = torch.tensor([[3, 4, 5, 6, 7]])
     with torch.no_grad():
-        assert torch.equal(stock(ids).last_hidden_state, model.model(ids).last_hidden_state)
+        # This package's scan rounds otherwise than the stock one, which takes it on request.
+        expected = stock(ids, lean_scan=True).last_hidden_state
+        assert torch.equal(expected, model.model(ids).last_hidden_state)
 
 
 def test_the_base_model_alone(tmp_path, model):

@@ -45,8 +45,8 @@ def call_through_hooks(modules: list[nn.Module], function: Callable, hidden_stat
     """
     if any(getattr(module, "_is_fsdp_managed_module", False) for module in modules):
         raise RuntimeError(
-            "Multi-axis gradient checkpointing cannot see the parameters that the first version of FSDP has flattened: "
-            "use the second, fully_shard, which is fsdp_version: 2 in Accelerate's configuration."
+            "Multi-axis gradient checkpointing cannot see the parameters that the first version of FSDP has "
+            "flattened: use the second, fully_shard, which is fsdp_version: 2 in Accelerate's configuration."
         )
     sharded = [module for module in modules if is_sharded(module)]
     trained = any(parameter.requires_grad for module in sharded for parameter in module.parameters())
