@@ -120,6 +120,7 @@ BAD_FIELDS = [
     (dict(frame_rate=math.nan), "frame_rate must be .*above 0.*got nan"),
     (dict(frame_rate=math.inf), "frame_rate must be .*above 0.*got inf"),
     (dict(frames_per_vision_pass=0), "frames_per_vision_pass must be at least 1, got 0"),
+    (dict(tokens_per_pass=1), "tokens_per_pass must be at least 2, got 1"),
     (dict(vision_feature_layer=4), "vision_feature_layer is 4, but the vision encoder has 3 layers"),
     (dict(vision_feature_layer=-5), "vision_feature_layer is -5, but the vision encoder has 3 layers"),
     (dict(vision_feature_layer=1.5), "vision_feature_layer"),

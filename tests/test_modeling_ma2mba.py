@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from double_precision import compute_in_double
 from tiny import VOCABULARY, random_pixels, tiny_config, tiny_model
 from torch.testing import assert_close
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -358,3 +359,37 @@ def test_ids_and_embeddings_exclude_each_other(model, config):
     for inputs in ({}, dict(input_ids=input_ids, inputs_embeds=model.get_input_embeddings()(input_ids))):
         with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
             model(**inputs)
+
+
+@pytest.mark.parametrize("tokens_per_pass", [2, 3, 8, 19])
+def test_long_sequences_go_through_the_language_model_in_pieces(double, monkeypatch, tokens_per_pass):
+    compute_in_double(monkeypatch)
+    ids = torch.randint(2, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    prefix = dict(input_ids=ids[:, :9], attention_mask=mask[:, :9])
+    with torch.no_grad():
+        whole = double(ids, attention_mask=mask, use_cache=True)
+        state = double(**prefix, use_cache=True).cache_params
+        monkeypatch.setattr(double.config, "tokens_per_pass", tokens_per_pass)
+        lengths = []
+        handle = double.model.language_model.layers[0].register_forward_pre_hook(
+            lambda module, args: lengths.append(args[0].shape[1])
+        )
+        pieces = double(ids, attention_mask=mask, use_cache=True)
+        handle.remove()
+        continued = double(ids[:, 9:], cache_params=state, use_cache=True)
+        assert double(ids).cache_params is not None and double(ids, use_cache=False).cache_params is None
+    assert sum(lengths) == 20 and max(lengths) <= tokens_per_pass + 1
+    for result, expected in [(pieces, whole.logits), (continued, whole.logits[:, 9:])]:
+        assert_close(result.logits, expected, **EXACT)
+        for layer, other in zip(result.cache_params.layers, whole.cache_params.layers, strict=True):
+            assert_close(layer.conv_states[0], other.conv_states[0], **EXACT)
+            assert_close(layer.recurrent_states[0], other.recurrent_states[0], **EXACT)
+
+
+def test_a_long_prompt_is_answered_as_in_one_piece(double, monkeypatch):
+    ids = torch.randint(2, 300, (1, 40), generator=torch.Generator().manual_seed(0))
+    expected = double.generate(ids, max_new_tokens=5, do_sample=False)
+    monkeypatch.setattr(double.config, "tokens_per_pass", 8)
+    assert torch.equal(double.generate(ids, max_new_tokens=5, do_sample=False), expected)

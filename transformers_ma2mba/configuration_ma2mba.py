@@ -64,6 +64,8 @@ class Ma2mbaConfig(PreTrainedConfig):
             Frames per second of film that the model looks at.
         frames_per_vision_pass (`int`, defaults to 16):
             How many frames go through the vision encoder at a time; it bounds memory and changes no result.
+        tokens_per_pass (`int`, defaults to 8192):
+            How many tokens go through the language model at a time when nothing is trained; it bounds memory too.
         image_mean, image_std (`list[float]`, *optional*):
             Normalisation of uint8 pixels, per channel, applied on the model's device; CLIP's unless given.
         image_token_id, video_token_id (`int`, default to 50277 and 50278):
@@ -94,6 +96,7 @@ class Ma2mbaConfig(PreTrainedConfig):
     multimodal_projector_bias: bool = True
     frame_rate: int | float = 1.0
     frames_per_vision_pass: int = 16
+    tokens_per_pass: int = 8192
     image_mean: list[float] | tuple[float, ...] | None = None
     image_std: list[float] | tuple[float, ...] | None = None
     image_token_id: int = 50277
@@ -111,8 +114,9 @@ class Ma2mbaConfig(PreTrainedConfig):
             raise ValueError(f"spatial_pool_stride must be at least 1, got {self.spatial_pool_stride}.")
         if not 0 < self.frame_rate < math.inf:
             raise ValueError(f"frame_rate must be a number of frames per second above 0, got {self.frame_rate}.")
-        if self.frames_per_vision_pass < 1:
-            raise ValueError(f"frames_per_vision_pass must be at least 1, got {self.frames_per_vision_pass}.")
+        for name, least in (("frames_per_vision_pass", 1), ("tokens_per_pass", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if self.patches_per_side < 1:
             raise ValueError(
                 f"vision_config has patches of {self.vision_config.patch_size} px in frames of "

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Output
 from transformers.utils import ModelOutput
 
+from .checkpoint_grid import segment_bounds
 from .configuration_ma2mba import Ma2mbaConfig
 from .multi_axis_checkpointing import (
     checkpointing_options,
@@ -267,6 +269,31 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         features = self._encode_in_pieces(frames, frames_per_piece=1).pooler_output
         return inputs_embeds_BTD + 0.0 * features.sum().to(inputs_embeds_BTD)
 
+    def _language_model_in_pieces(self, inputs_embeds_BTD, cache_params, use_cache, attention_mask, **options):
+        """Runs a long sequence a piece at a time, the state carried from one to the next: the result is the same, and
+        neither memory nor a kernel's offsets grow with the sequence."""
+        text_config = self.config.text_config
+        state = cache_params if cache_params is not None else DynamicCache(config=text_config)
+        sequence_length = inputs_embeds_BTD.shape[1]
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -sequence_length:]
+        rows = None
+        for start, stop in segment_bounds(sequence_length, self.config.tokens_per_pass):
+            piece = self.language_model(
+                inputs_embeds=inputs_embeds_BTD[:, start:stop],
+                attention_mask=attention_mask[:, start:stop] if attention_mask is not None else None,
+                cache_params=state,
+                use_cache=True,
+                return_dict=True,
+                **options,
+            ).last_hidden_state
+            if rows is None:
+                rows = piece.new_empty(*inputs_embeds_BTD.shape[:2], piece.shape[-1])
+            rows[:, start:stop] = piece
+        if use_cache is None:
+            use_cache = text_config.use_cache and not self.training
+        return Mamba2Output(last_hidden_state=rows, cache_params=state if use_cache else None)
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -306,20 +333,21 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         if num_idle_pieces:
             inputs_embeds = self._with_idle_pieces(inputs_embeds, num_idle_pieces)
 
-        checkpointed = is_multi_axis_checkpointed(self.language_model)
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            cache_params=cache_params,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            lean_scan=True,
-            # A grid leaves out what nobody wants; the stock forward pass does not know of this.
-            **({"rows_to_keep": rows_to_keep} if checkpointed else {}),
-        )
+        options = dict(use_cache=use_cache, attention_mask=attention_mask, lean_scan=True)
+        if torch.is_grad_enabled() or output_hidden_states or inputs_embeds.shape[1] <= self.config.tokens_per_pass:
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                cache_params=cache_params,
+                output_hidden_states=output_hidden_states,
+                return_dict=True,
+                # A grid leaves out what nobody wants; the stock forward pass does not know of this.
+                **({"rows_to_keep": rows_to_keep} if is_multi_axis_checkpointed(self.language_model) else {}),
+                **options,
+            )
+        else:
+            outputs = self._language_model_in_pieces(inputs_embeds, cache_params, **options)
         last_hidden_state = outputs.last_hidden_state
-        if rows_to_keep is not None and not checkpointed:
+        if rows_to_keep is not None and last_hidden_state.ndim == 3:
             last_hidden_state = last_hidden_state[rows_to_keep]
         return Ma2mbaModelOutput(
             last_hidden_state=last_hidden_state,
