@@ -373,7 +373,7 @@ def _rows_of_segment(walk: _Walk, segment: int, grad_output):
 
 
 def _restore_segment(walk, segment, rows, states, random_state, grad, grad_states, sums, wants_rows):
-    """Restores the cells of one segment from the highest to the lowest.
+    """Restores the cells of one segment from the highest to the lowest, and empties `grad_states` on the way.
 
     Returns:
         The gradients of `rows` and, layer by layer, of `states`; None where there is none.
@@ -402,18 +402,22 @@ def _restore_segment(walk, segment, rows, states, random_state, grad, grad_state
             if position == len(walk.groups) - 1 and grad is not None:
                 after = walk.finish(segment, after)
         share = slice(2 * group.start, 2 * group.stop)
-        outputs, grad_outputs = [], []
-        for tensor, gradient in [(after, grad), *zip(itertools.chain(*states_after), grad_states[share], strict=True)]:
-            if gradient is not None and tensor.requires_grad:
-                outputs.append(tensor)
-                grad_outputs.append(gradient.to(tensor.dtype))
+        grad_after = [grad, *grad_states[share]]
+        grad_states[share] = [None] * (2 * len(group))  # used up: the gradients of `before` take their place
+        pairs = [
+            (tensor, gradient.to(tensor.dtype))
+            for tensor, gradient in zip([after, *itertools.chain(*states_after)], grad_after, strict=True)
+            if gradient is not None and tensor.requires_grad
+        ]
         tensors_before = [tensor for state in before for tensor in state if tensor is not None]
         parameters = walk.parameters[position]
         inputs = [*([rows] if rows.requires_grad else []), *tensors_before, *parameters]
-        del after, states_after
-        if not outputs or not inputs:
+        del after, states_after, grad_after
+        if not pairs or not inputs:
             grad = None
             continue
+        outputs, grad_outputs = zip(*pairs, strict=True)
+        del pairs
         with _without_hooks(parameters):
             gradients = iter(torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True))
         del outputs, grad_outputs
