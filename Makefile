@@ -37,8 +37,9 @@ demo: $(VENV)/.installed
 	$(LAUNCH) examples/train.py --use_cpu \
 		--model_name_or_path $(DEMO)/untrained --output_dir $(DEMO)/model \
 		--train_file $(DEMO)/data/train.json --validation_file $(DEMO)/data/validation.json --keep_frames \
-		--num_train_epochs 6 --per_device_train_batch_size 8 --per_device_eval_batch_size 20 \
+		--num_train_epochs 9 --per_device_train_batch_size 8 --per_device_eval_batch_size 20 \
 		--learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps 0.1 --weight_decay 0.05 --adam_beta2 0.95 \
+		--activation_checkpointing \
 		--eval_strategy epoch --logging_steps 50 --save_strategy no --report_to none --disable_tqdm true
 	OMP_NUM_THREADS=1 $(BIN)/python examples/evaluate.py --model $(DEMO)/model --output_file $(DEMO)/accuracy.json \
 		$(DEMO)/data/validation.json $(DEMO)/data/long.json
