@@ -44,55 +44,86 @@ def segment_bounds(sequence_length: int, sequence_interval: int) -> list[tuple[i
     return list(itertools.pairwise([*starts, sequence_length]))
 
 
-@dataclass
 class _Borders:
-    """Where borders wait for backward: on their device, or in pinned host memory, copied on a stream of their own
-    while the device computes. Host memory is where tensors of the CPU are anyway."""
+    """Where the borders of a walk wait for backward: on its device, or in pinned host memory, copied on a stream of
+    their own while the device computes. Host memory is where tensors of the CPU are anyway.
 
-    device: torch.device
-    offload: bool
-    copies: list = field(default_factory=list)
+    The states of all segments share two tensors, so that allocators are not left with what lives long between what
+    lives short.
+    """
 
-    def __post_init__(self):
-        self.offload = self.offload and self.device.type == "cuda"
-        self.stream = torch.cuda.Stream(self.device) if self.offload else None
+    def __init__(self, device: torch.device, offload: bool, num_segments: int):
+        self.device = device
+        self.offload = offload and device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.offload else None
+        self.num_segments = num_segments
+        self.rows: list[torch.Tensor] = []  # if offloaded: `(batch_size, tokens, width)` of each segment
+        self.states: list[torch.Tensor] = []  # conv and recurrent, `(num_segments - 1, num_layers, batch_size, ...)`
+        self.copies = []
 
-    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The form in which a tensor waits."""
-        if not self.offload or tensor.device.type == "cpu":
-            return own(tensor)
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(self.stream)
-        return host
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is kept, and all that `from_tensors` needs."""
+        return [*self.states, *self.rows]
 
-    def end_segment(self):
-        """Lets the device run ahead of the copies by one segment and no further, since what is being copied stays."""
+    def from_tensors(self, tensors):
+        """Takes back the tensors that autograd has had in its care; an empty list gives them up."""
+        num_states = 2 if self.num_segments > 1 and tensors else 0
+        self.states, self.rows = tensors[:num_states], tensors[num_states:]
+
+    def keep(self, segment: int, rows: torch.Tensor | None, states: list[LayerState]):
+        """Keeps what enters a segment: its rows if they are given, and its states but for the first segment."""
+        with self._copying():
+            if rows is not None:
+                self.rows.append(self._new(rows.shape, rows.dtype).copy_(rows, non_blocking=True))
+                self._used(rows)
+            if segment > 0:
+                for kind, tensors in enumerate(zip(*states, strict=True)):
+                    if segment == 1:
+                        shape = (self.num_segments - 1, len(states), *tensors[0].shape)
+                        self.states.append(self._new(shape, tensors[0].dtype))
+                    for layer, tensor in enumerate(tensors):
+                        self.states[kind][segment - 1, layer].copy_(tensor, non_blocking=True)
+                        self._used(tensor)
         if self.offload:
+            # The device may run ahead of the copies by one segment and no further, since what is being copied stays.
             self.copies.append(self.stream.record_event())
             if len(self.copies) > 1:
                 self.copies.pop(0).synchronize()
 
-    def fetch(self, tensors: list[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
-        """Starts to bring tensors back to the device; what it returns waits for them."""
-        if self.stream is None and all(tensor.device == self.device for tensor in tensors):
-            return lambda: tensors
-        if self.stream is None:
-            return lambda: [tensor.to(self.device) for tensor in tensors]
-        with torch.cuda.stream(self.stream):
-            arrived = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
-        event = self.stream.record_event()
+    def fetch(self, segment: int) -> Callable[[], tuple[torch.Tensor | None, list[LayerState]]]:
+        """Starts to bring a segment's borders back to the device; what it returns waits for them."""
+        with self._copying(wait=False):
+            rows = self.rows[segment].to(self.device, non_blocking=True) if self.rows else None
+            kinds = [kept[segment - 1].to(self.device, non_blocking=True) for kept in self.states if segment > 0]
+        event = self.stream.record_event() if self.offload else None
 
         def wait():
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(event)
-            for tensor in arrived:
-                tensor.record_stream(current)
-            return arrived
+            if event is not None:
+                current = torch.cuda.current_stream(self.device)
+                current.wait_event(event)
+                for tensor in (*kinds, *([rows] if rows is not None else [])):
+                    tensor.record_stream(current)
+            return rows, [LayerState(*state) for state in zip(*kinds, strict=True)]
 
         return wait
+
+    def _new(self, shape, dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="cpu" if self.offload else self.device, pin_memory=self.offload)
+
+    @contextmanager
+    def _copying(self, wait=True):
+        """On the stream for copies, if there is one, once what is to be copied has been computed."""
+        if not self.offload:
+            yield
+            return
+        if wait:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def _used(self, tensor):
+        if self.offload and tensor.is_cuda:
+            tensor.record_stream(self.stream)
 
 
 class _RandomState:
@@ -257,29 +288,25 @@ class _MultiAxisCheckpoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, walk: _Walk, hidden_states_BTD, *tensors):
         initial, has_state = _split_states(walk, tensors)
-        borders = _Borders(walk.device, walk.offload)
-        rows_in_host_memory = borders.offload and hidden_states_BTD.device.type != "cpu"
-        kept, random_states = [] if rows_in_host_memory else [hidden_states_BTD], []
-        places = []  # of each segment's borders in `kept`
+        borders = _Borders(walk.device, walk.offload, len(walk.segments))
+        # Rows that are in host memory already need not be brought there.
+        moves_rows = borders.offload and hidden_states_BTD.device.type != "cpu"
+        random_states = []
 
         def keep(segment, rows, states):
             random_states.append(walk.random.record())
-            places.append(len(kept))
-            if rows_in_host_memory:
-                kept.append(borders.keep(rows))
-            if segment > 0:
-                kept.extend(borders.keep(tensor) for state in states for tensor in state)
-            elif has_state:
-                kept.extend(tensor for state in states for tensor in state)
-            borders.end_segment()
+            borders.keep(segment, rows if moves_rows else None, states)
 
         with walk.as_in_forward():
             output, final = walk.run(hidden_states_BTD, initial, keep)
 
-        ctx.walk, ctx.borders, ctx.has_state = walk, borders, has_state
-        ctx.rows_in_host_memory, ctx.random_states, ctx.places = rows_in_host_memory, random_states, places
+        ctx.walk, ctx.borders, ctx.random_states = walk, borders, random_states
+        ctx.num_initial = 2 * len(initial) if has_state else 0
         ctx.rows_like = hidden_states_BTD.new_empty(0), hidden_states_BTD.shape
-        ctx.save_for_backward(*kept)
+        inputs = [*tensors[: ctx.num_initial], *([] if moves_rows else [hidden_states_BTD])]
+        ctx.num_inputs = len(inputs)
+        ctx.save_for_backward(*inputs, *borders.tensors())
+        borders.from_tensors([])  # autograd has them
         ctx.set_materialize_grads(False)
         return output, *(own(tensor) for state in final for tensor in state if walk.final_state)
 
@@ -290,28 +317,27 @@ class _MultiAxisCheckpoint(torch.autograd.Function):
                 "Multi-axis gradient checkpointing gives first derivatives only: call backward() without "
                 "create_graph=True, or disable gradient checkpointing."
             )
-        walk, kept = ctx.walk, ctx.saved_tensors
+        walk, borders = ctx.walk, ctx.borders
+        inputs, kept = ctx.saved_tensors[: ctx.num_inputs], ctx.saved_tensors[ctx.num_inputs :]
+        borders.from_tensors(kept)
+        initial = inputs[: ctx.num_initial]
         wants_rows = ctx.needs_input_grad[1]
         empty, shape = ctx.rows_like
         grad_rows = empty.new_empty(shape) if wants_rows else None
         sums = _GradientSums(walk.all_parameters)
-        num_tensors = 2 * len(walk.layers)
-        grad_states = list(grad_final) or [None] * num_tensors
-
-        def borders_of(segment):
-            first = ctx.places[segment]
-            count = ctx.rows_in_host_memory + num_tensors * (segment > 0 or ctx.has_state)
-            return ctx.borders.fetch(kept[first : first + count])
+        grad_states = list(grad_final) or [None] * (2 * len(walk.layers))
 
         with walk.random.untouched():
-            upcoming = borders_of(len(walk.segments) - 1)
+            upcoming = borders.fetch(len(walk.segments) - 1)
             for segment in reversed(range(len(walk.segments))):
                 start, stop = walk.segments[segment]
-                tensors = list(upcoming())
+                rows, states = upcoming()
                 if segment > 0:
-                    upcoming = borders_of(segment - 1)  # while this segment is computed
-                rows = tensors.pop(0) if ctx.rows_in_host_memory else kept[0][:, start:stop].to(walk.device)
-                states = [LayerState(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
+                    upcoming = borders.fetch(segment - 1)  # while this segment is computed
+                else:
+                    states = [LayerState(*pair) for pair in zip(initial[::2], initial[1::2], strict=True)]
+                if rows is None:
+                    rows = inputs[-1][:, start:stop].to(walk.device)
                 grad = _rows_of_segment(walk, segment, grad_output)
                 random_state = ctx.random_states[segment]
                 grad, grad_states = _restore_segment(
@@ -319,8 +345,8 @@ class _MultiAxisCheckpoint(torch.autograd.Function):
                 )
                 if wants_rows:
                     grad_rows[:, start:stop] = 0 if grad is None else grad
-
-        return None, grad_rows, *(grad_states if ctx.has_state else []), *sums.totals()
+        borders.from_tensors([])
+        return None, grad_rows, *grad_states[: ctx.num_initial], *sums.totals()
 
 
 class _GradientSums:
