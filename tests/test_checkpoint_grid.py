@@ -443,5 +443,6 @@ def test_layers_that_are_no_sub_modules_of_a_model_work_too():
 def test_the_first_version_of_fsdp_is_refused():
     model = checkpointed(trunk(), 2, 4)
     model.layers[1]._is_fsdp_managed_module = True  # as its constructor says of what is inside
+    model.layers[1].parameters = lambda: iter(())  # they are tensors then, parts of a flat one
     with pytest.raises(RuntimeError, match="fsdp_version: 2"):
         model(inputs_embeds=torch.randn(1, 8, WIDTH, dtype=torch.float64))

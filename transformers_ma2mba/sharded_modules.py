@@ -43,7 +43,8 @@ def call_through_hooks(modules: list[nn.Module], function: Callable, hidden_stat
     Raises:
         RuntimeError: under the first version of FSDP, which hides the parameters that gradients are to be found for.
     """
-    if any(getattr(module, "_is_fsdp_managed_module", False) for module in modules):
+    # Both versions mark what they manage; the first leaves plain tensors where parameters were.
+    if any(getattr(module, "_is_fsdp_managed_module", False) and not [*module.parameters()] for module in modules):
         raise RuntimeError(
             "Multi-axis gradient checkpointing cannot see the parameters that the first version of FSDP has "
             "flattened: use the second, fully_shard, which is fsdp_version: 2 in Accelerate's configuration."
