@@ -1,4 +1,4 @@
-"""The command `transformers-ma2mba plan`: what it counts, what it answers, and what it says of mistakes."""
+"""The command `transformers-ma2mba`: what `plan` counts, what `ask` answers, and what they say of mistakes."""
 
 import json
 import re
@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from tiny import ROOT, tiny_text_config
+from tiny import ROOT, approximately, tiny_text_config
+from video_files import write_index_video
 
 from transformers_ma2mba.checkpoint_plan import plan_checkpoints, smallest_plan
 from transformers_ma2mba.command_line import main
@@ -158,3 +159,86 @@ def test_the_module_runs_by_itself():
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "MA-GC plan for 1 x 8,896 tokens, 48 layers" in result.stdout
     assert "Traceback" not in result.stderr
+
+
+# ask
+
+
+@pytest.fixture
+def ask(capsys, checkpoint):
+    """Runs `ask` with arguments, and returns what it prints."""
+
+    def run(*arguments):
+        assert main(["ask", *map(str, arguments), "--model", str(checkpoint)]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_questions_are_answered(ask, qa, film):
+    questions = ["Who opens the door?", "Why?"]
+    report = json.loads(ask(film, *questions, "--max_new_tokens", 4, "--json"))
+    expected = qa(video=film, question=questions, max_new_tokens=4)
+    given = [{name: entry[name] for name in ("answer", "score")} for entry in report["answers"]]
+    assert given == approximately(expected)
+    assert [entry["question"] for entry in report["answers"]] == questions
+    assert (report["film"], report["frames"], report["seconds"]) == (str(film), 6, 6.0)
+    assert json.loads(ask(film, "Why?", "--fps", 2, "--json", "--max_new_tokens", 1))["frames"] == 12
+
+
+def test_candidates_are_ranked(ask, qa, film):
+    ranked = qa(video=film, question="Why?", candidates=["red", "blue"])
+    lines = [f"  {entry['score']:.3f}  {entry['answer']}" for entry in ranked]
+    assert ask(film, "Why?", "--candidates", "red", "blue").splitlines() == ["Why?", *lines]
+
+
+def test_what_was_saved_is_resumed(ask, film, tmp_path):
+    path = tmp_path / "film.safetensors"
+    first = ask(film, "Why?", "Who?", "--max_new_tokens", 4, "--save", path)
+    assert ask("Why?", "Who?", "--max_new_tokens", 4, "--resume", path) == first
+
+
+def test_the_model_in_the_package_answers(capsys, film):
+    assert main(["ask", str(film), "Which shape appears?", "--max_new_tokens", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"].endswith("default_checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{film}"], "There is no question: give one, or several, behind"),
+        (["{film}", " "], "question must be a text or a list of texts, none of them empty"),
+        (["{tmp}/nowhere.mp4", "Why?"], "There is no file {tmp}/nowhere.mp4: check its path."),
+        (["{tmp}/notes.mp4", "Why?"], "is not a video that FFmpeg can read"),
+        (["{film}", "Why?", "--fps", "0"], "argument --fps: it must be a number above 0; got '0'"),
+        (["{film}", "Why?", "--max_new_tokens", "x"], "--max_new_tokens: it must be a whole number above 0; got 'x'"),
+        (["{film}", "Why?", "--candidates", ""], "candidates must be a list of answers, none of them empty"),
+        (["{film}", "Why?", "--model", "{tmp}"], "There is no config.json in"),
+        (["{film}", "Why?", "--model", "{tmp}/mamba"], "holds a 'mamba2' model; ask knows ma2mba."),
+        (["{film}", "Why?", "--save", "{tmp}/nowhere/state"], "There is no directory {tmp}/nowhere to save"),
+        (["Why?", "--resume", "{tmp}/state"], "There is no file {tmp}/state: check its path."),
+        (["Why?", "--resume", "{tmp}/notes.mp4"], "notes.mp4 is not the saved state of a film"),
+        (["{film}", "Why?", "--resume", "{tmp}/state"], "has been watched already: leave out '{film}'"),
+        (["Why?", "--fps", "2", "--resume", "{tmp}/state"], "has been watched already: leave out --fps 2"),
+    ],
+)
+def test_mistakes_in_asking_end_in_one_sentence(capsys, tmp_path, checkpoint, film, arguments, message):
+    tiny_text_config().save_pretrained(tmp_path / "mamba")
+    (tmp_path / "notes.mp4").write_text("This is no film. " * 100)
+    arguments = [argument.format(tmp=tmp_path, film=film) for argument in arguments]
+    if "--model" not in arguments:
+        arguments += ["--model", str(checkpoint)]
+    with pytest.raises(SystemExit) as error:
+        main(["ask", *arguments])
+    assert error.value.code == 2
+    assert message.format(tmp=tmp_path, film=film) in capsys.readouterr().err
+
+
+def test_a_film_cut_off_in_the_middle_is_answered_about(ask, capsys, tmp_path, checkpoint):
+    path = tmp_path / "cut.mp4"
+    write_index_video(path, 80, fps=4, preset="ultrafast", faststart=True)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert main(["ask", str(path), "Why?", "--max_new_tokens", "2", "--model", str(checkpoint)]) == 0
+    captured = capsys.readouterr()
+    assert "transformers-ma2mba ask: warning: " in captured.err and "cut.mp4 ends early" in captured.err
+    assert captured.out.startswith("Why?\n")

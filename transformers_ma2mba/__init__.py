@@ -8,9 +8,11 @@ from .modeling_ma2mba import Ma2mbaForVideoQA, Ma2mbaModel
 from .multi_axis_checkpointing import disable_multi_axis_checkpointing, enable_multi_axis_checkpointing
 from .pipeline_video_question_answering import VideoQuestionAnsweringPipeline
 from .processing_ma2mba import Ma2mbaProcessor
+from .recurrent_state import StateFileError
 from .version import __version__
 from .video_processing_ma2mba import Ma2mbaVideoProcessor
 from .video_reader import VideoReadError, iter_frames, probe, read_video
+from .video_session import VideoChat, VideoSession, VideoStreamError
 
 __all__ = [
     "CheckpointPlan",
@@ -20,8 +22,12 @@ __all__ = [
     "Ma2mbaModel",
     "Ma2mbaProcessor",
     "Ma2mbaVideoProcessor",
+    "StateFileError",
+    "VideoChat",
     "VideoQuestionAnsweringPipeline",
     "VideoReadError",
+    "VideoSession",
+    "VideoStreamError",
     "__version__",
     "disable_multi_axis_checkpointing",
     "enable_multi_axis_checkpointing",

@@ -1,4 +1,4 @@
-"""The command `transformers-ma2mba`. So far it has one sub-command, `plan`: will this training run fit a GPU?"""
+"""The command `transformers-ma2mba`: `plan` tells whether a training run fits a GPU, `ask` answers about a film."""
 
 import argparse
 import dataclasses
@@ -6,9 +6,10 @@ import json
 import math
 import os
 import sys
+import warnings
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
 
 from .checkpoint_plan import (
     CheckpointPlan,
@@ -19,6 +20,7 @@ from .checkpoint_plan import (
     smallest_plan,
 )
 from .configuration_ma2mba import PRESETS, Ma2mbaConfig
+from .video_session import VideoStreamError
 
 _OPTIMIZERS = {
     "adamw": "AdamW: two moments in float32, and a float32 copy of half-precision weights",
@@ -35,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="transformers-ma2mba", description="Video-Ma²mba for Transformers.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
     _add_plan(commands)
+    _add_ask(commands)
     options = parser.parse_args(arguments)
     return options.run(options)
 
@@ -267,6 +270,110 @@ def _longest(report: dict) -> str:
         return f"Nothing fits, however short: all but activations takes {constant}."
     film = "" if seconds is None else f"{seconds:,.0f} s of film, "
     return f"Up to {film}{tokens:,} tokens would fit."
+
+
+def _add_ask(commands):
+    parser = commands.add_parser(
+        "ask",
+        help="answer questions about a film",
+        description="Watches a film once, and answers any number of questions about it. Ctrl-C while it is watched: "
+        "answers about what was seen so far.",
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="film question",
+        help="a path or URL, then questions; with --resume, questions only",
+    )
+    parser.add_argument(
+        "--model", metavar="DIR", help="a directory with model and processor (default: the toy model in the package)"
+    )
+    parser.add_argument("--candidates", nargs="+", metavar="ANSWER", help="answers to choose from, ranked")
+    parser.add_argument(
+        "--fps", type=_above_zero, help="frames per second of film to look at (default: the configuration's)"
+    )
+    parser.add_argument("--max_new_tokens", type=_count, metavar="N", help="the longest answer (default: 128 tokens)")
+    parser.add_argument("--save", metavar="FILE", help="keep what was seen, for --resume")
+    parser.add_argument("--resume", metavar="FILE", help="what --save kept, in place of a film")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+    def run(options) -> int:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", UserWarning)
+                warnings.showwarning = lambda message, *_: print(f"{parser.prog}: warning: {message}", file=sys.stderr)
+                report = ask_report(options)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        except KeyboardInterrupt:
+            print(f"{parser.prog}: interrupted", file=sys.stderr)
+            return 130
+        print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else _ask_table(report))
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def ask_report(options: argparse.Namespace) -> dict:
+    """What `ask` found out, ready for JSON.
+
+    Raises:
+        ValueError, OSError: if an option makes no sense, or a file cannot be read; the message is for the user.
+    """
+    film, questions = (None, options.inputs) if options.resume else (options.inputs[0], options.inputs[1:])
+    if not questions:
+        raise ValueError(f"There is no question: give one, or several, behind {film!r}.")
+    if options.resume and (options.fps is not None or os.path.exists(questions[0])):
+        given = f"--fps {options.fps:g}" if options.fps is not None else repr(questions[0])
+        raise ValueError(f"What --resume takes has been watched already: leave out {given}, and give questions only.")
+    if options.model is not None:
+        _check_model(options.model)
+    try:
+        qa = pipeline("video-question-answering", model=options.model)
+    except Exception as error:  # its kind is up to Transformers and the file that is wrong
+        raise ValueError(f"The model in {options.model!r} cannot be loaded: {error}") from error
+    if options.resume:
+        watched = qa.resume(options.resume)
+    else:
+        try:
+            watched = qa.watch(film, fps=options.fps)
+        except VideoStreamError as error:
+            warnings.warn(f"{error} Answers are about what was seen before.", UserWarning, stacklevel=2)
+            watched = error.session
+    if options.save:
+        watched.save(options.save)
+    limit = {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
+    results = watched.ask(questions, candidates=options.candidates, **limit)
+    return {
+        "film": film or options.resume,
+        "model": qa.model.name_or_path,
+        "seconds": watched.seconds,
+        "frames": watched.num_frames,
+        "tokens": watched.num_tokens,
+        "answers": [
+            {"question": question, **({"candidates": result} if options.candidates else result)}
+            for question, result in zip(questions, results, strict=True)
+        ],
+    }
+
+
+def _check_model(directory: str):
+    if not os.path.isfile(os.path.join(directory, "config.json")):
+        raise ValueError(f"There is no config.json in {directory!r}: --model takes the directory of a model.")
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # as above
+        raise ValueError(f"The configuration in {directory!r} cannot be read: {error}") from error
+    if config.model_type != "ma2mba":
+        raise ValueError(f"{directory!r} holds a {config.model_type!r} model; ask knows ma2mba.")
+
+
+def _ask_table(report: dict) -> str:
+    lines = []
+    for entry in report["answers"]:
+        lines.append(entry["question"])
+        lines += [f"  {result['score']:.3f}  {result['answer']}" for result in entry.get("candidates", [entry])]
+    return "\n".join(lines)
 
 
 def _above_zero(text: str) -> float:

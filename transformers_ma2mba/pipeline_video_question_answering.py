@@ -1,13 +1,16 @@
 """`pipeline("video-question-answering")`: a video is watched once, each question continues from there."""
 
-import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import Cache, GenerationConfig, Pipeline
+from transformers import GenerationConfig, Pipeline
+
+from .answering import checked_candidates, checked_questions
+from .video_session import VideoSession, watch_together
+from .video_stream import is_list_of_films
 
 _VIDEO_OPTIONS = ("fps", "progress")
 
@@ -20,6 +23,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     qa(video="film.mp4", question="Who opens the door?")  # {"answer": "...", "score": 0.93}
     qa(video="film.mp4", question=["Who opens the door?", "What colour is it?"])  # a list of these
     qa(video="film.mp4", question="What colour is the door?", candidates=["red", "blue"])  # ranked by likelihood
+    watched = qa.watch("film.mp4")  # once, for any number of questions
+    watched.ask("Who opens the door?")
     ```
 
     Without a model, the task loads a tiny one that ships with the package and knows nothing but its own toy films.
@@ -63,107 +68,89 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             inputs = {"video": video, "question": question}
         return super().__call__(inputs, **kwargs)
 
-    def _sanitize_parameters(self, candidates=None, **kwargs):
-        preprocess = {name: kwargs.pop(name) for name in _VIDEO_OPTIONS if name in kwargs}
-        forward = {"generate_kwargs": kwargs} if kwargs else {}
-        if candidates is not None:
-            if isinstance(candidates, str) or not candidates or not all(map(_is_text, candidates)):
-                raise ValueError(f"candidates must be a list of answers, none of them empty; got {candidates!r}.")
-            forward["candidates"] = list(candidates)
-        return preprocess, forward, {}
+    def watch(
+        self,
+        video: Any,
+        fps: float | None = None,
+        progress: bool | None = None,
+        background: bool = False,
+        frames_per_piece: int | None = None,
+        **open_options,
+    ) -> VideoSession | list[VideoSession]:
+        """Watches a film once, at constant memory, for any number of questions.
 
-    def preprocess(self, inputs, fps=None, progress=None):
+        Args:
+            video: whatever [`VideoSession.extend`] takes: a path, URL or device, frames, or any iterable of frames
+                with or without times. A list of films is watched as one batch, in lockstep.
+            fps: frames per second of film to look at; `model.config.frame_rate` unless given.
+            progress: whether to show a bar; unless given, one appears if it takes a while, and none in background.
+            background: whether to return at once, and watch in a thread: for live streams.
+            frames_per_piece: see [`VideoSession`].
+            open_options: what FFmpeg needs to open the video, see [`VideoSession.extend`].
+
+        Returns:
+            The session, or a list of sessions for a list of films. After Ctrl-C, with a warning that says up to where
+            the film was seen.
+
+        Raises:
+            FileNotFoundError, ValueError: as [`VideoSession.extend`].
+            VideoStreamError: if a film fails after frames of it have been watched; its `session` holds those. One of
+                several films that fails so ends early with a warning.
+        """
+        if not is_list_of_films(video):
+            session = self._new_session(fps, frames_per_piece)
+            return session.extend(video, progress=progress, background=background, **open_options)
+        if background or open_options:
+            option = "background" if background else ", ".join(open_options)
+            raise ValueError(f"{option} is for one film, but a list of {len(video)} was given: watch them one by one.")
+        sessions = [self._new_session(fps, frames_per_piece) for _ in video]
+        watch_together(sessions, video, progress)
+        return sessions
+
+    def resume(self, path: str | os.PathLike) -> VideoSession:
+        """The session that [`VideoSession.save`] wrote, which gives the same answers.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            StateFileError: if it is no such file, is damaged, of another version, or another checkpoint's.
+        """
+        return VideoSession.resume(
+            path, self.model, self.processor, prepare_generate_kwargs=self._prepare_generate_kwargs
+        )
+
+    def _new_session(self, fps: float | None, frames_per_piece: int | None = None) -> VideoSession:
+        return VideoSession(self.model, self.processor, fps, frames_per_piece, self._prepare_generate_kwargs)
+
+    def _sanitize_parameters(self, candidates=None, **kwargs):
+        video_options = {name: kwargs.pop(name) for name in _VIDEO_OPTIONS if name in kwargs}
+        forward = {**video_options, "generate_kwargs": kwargs} if kwargs else video_options
+        if candidates is not None:
+            forward["candidates"] = checked_candidates(candidates)
+        return {}, forward, {}
+
+    def preprocess(self, inputs):
         if not isinstance(inputs, Mapping):
             raise ValueError(f"Each input must be a mapping with `video` and `question`; got {type(inputs).__name__}.")
         video, question = inputs.get("video"), inputs.get("question")
         if video is None or (isinstance(video, (list, tuple, str)) and len(video) == 0):
             raise ValueError("There is a question but no video: pass video=, a path or frames.")
-        questions = [question] if isinstance(question, str) else question
-        if not isinstance(questions, (list, tuple)) or not questions or not all(map(_is_text, questions)):
-            raise ValueError(f"question must be a text or a list of texts, none of them empty; got {question!r}.")
-        tokenizer, token = self.processor.tokenizer, self.processor.video_token
-        for text in questions:
-            if token in text or self.processor.image_token in text:
-                raise ValueError(f"The question {text!r} has a placeholder in it: leave it to the pipeline.")
+        checked_questions(question, self.processor)
+        if is_list_of_films(video):
+            if len(video) != 1:
+                raise ValueError(
+                    f"A question is about one video, but {len(video)} videos were given: ask about one at a time, or "
+                    "`watch` them together."
+                )
+            video = video[0]
+        return {"video": _AsItIs(video), "question": question}
 
-        # Up to its video every prompt is the same. The placeholder is a special token, so that cutting behind it does
-        # not change how the rest is split into tokens.
-        prompts = [self._prompt(text) for text in questions]
-        beginning, _, _ = prompts[0].partition(token)
-        watched = self.processor(
-            text=beginning + token,
-            videos=video,
-            fps=fps if fps is not None else self.model.config.frame_rate,
-            progress=progress,
-            return_tensors="pt",
-        )
-        continuations = [
-            tokenizer(prompt.partition(token)[2], add_special_tokens=False, return_tensors="pt")["input_ids"]
-            for prompt in prompts
-        ]
-        return {"watched": dict(watched), "continuations": continuations, "single": isinstance(question, str)}
-
-    def _prompt(self, question: str) -> str:
-        content = [{"type": "video"}, {"type": "text", "text": question}]
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-
-    def _forward(self, model_inputs, candidates=None, generate_kwargs=None):
-        state = self.model(**model_inputs["watched"], use_cache=True, logits_to_keep=1).cache_params
-        results = []
-        for input_ids in model_inputs["continuations"]:
-            fork = copy.deepcopy(state)
-            if candidates is None:
-                results.append(self._generate(input_ids, fork, generate_kwargs or {}))
-            else:
-                results.append(self._rank(input_ids, fork, candidates))
-        return {"results": results, "single": model_inputs["single"]}
-
-    def _generate(self, input_ids: torch.Tensor, state: Cache, generate_kwargs: dict) -> list[tuple]:
-        """Token ids and score of each answer that `generate` returns."""
-        generate_kwargs = self._prepare_generate_kwargs(
-            generate_kwargs, return_dict_in_generate=True, output_logits=True
-        )
-        outputs = self.model.generate(input_ids=input_ids, cache_params=state, **generate_kwargs)
-        answers = outputs.sequences[:, input_ids.shape[1] :]
-        # Of the logits as they are: `scores` are what temperature, penalties and the like make of them.
-        log_probabilities = self.model.compute_transition_scores(
-            outputs.sequences, outputs.logits, getattr(outputs, "beam_indices", None), normalize_logits=True
-        )
-        results = []
-        for answer, scores in zip(answers, log_probabilities, strict=True):
-            # What stands behind the end of an answer is padding.
-            ends = (answer == self.processor.tokenizer.eos_token_id).nonzero()
-            length = int(ends[0]) + 1 if len(ends) else len(answer)
-            results.append((answer[:length].tolist(), scores[:length].mean().exp().item()))
-        return results
-
-    def _rank(self, input_ids: torch.Tensor, state: Cache, candidates: list[str]) -> list[tuple]:
-        """The candidates with their share of the likelihood, best first."""
-        tokenizer = self.processor.tokenizer
-        outputs = self.model(input_ids=input_ids, cache_params=state, use_cache=True, logits_to_keep=1)
-        likelihoods = []
-        for candidate in candidates:
-            tokens = tokenizer(candidate, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            tokens = tokens.to(input_ids.device)
-            end = tokens.new_tensor([[tokenizer.eos_token_id]])
-            logits = self.model(input_ids=tokens, cache_params=copy.deepcopy(state), use_cache=True).logits
-            log_probabilities = torch.cat([outputs.logits, logits], dim=1).log_softmax(-1)
-            targets = torch.cat([tokens, end], dim=1)
-            likelihoods.append(log_probabilities.gather(-1, targets[..., None]).sum())
-        scores = torch.stack(likelihoods).softmax(0).tolist()
-        return sorted(zip(candidates, scores, strict=True), key=lambda entry: entry[1], reverse=True)
+    def _forward(self, model_inputs, fps=None, progress=None, candidates=None, generate_kwargs=None):
+        session = self._new_session(fps)
+        session.watch(model_inputs["video"].value, progress)
+        return {"results": session.ask(model_inputs["question"], candidates, **(generate_kwargs or {}))}
 
     def postprocess(self, model_outputs):
-        answers = []
-        for results in model_outputs["results"]:
-            entries = []
-            for answer, score in results:
-                if not isinstance(answer, str):
-                    answer = self.processor.decode(answer, skip_special_tokens=True).strip()
-                entries.append({"answer": answer, "score": score})
-            is_one = len(results) == 1 and not isinstance(results[0][0], str)
-            answers.append(entries[0] if is_one else entries)
-        return answers[0] if model_outputs["single"] else answers
+        return model_outputs["results"]
 
     def get_iterator(self, inputs, num_workers, batch_size, *params):
         if batch_size != 1:
@@ -176,8 +163,11 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         self.processor.save_pretrained(save_directory)
 
 
-def _is_text(value) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+class _AsItIs:
+    """Keeps a pipeline from moving all of a film to the model's device."""
+
+    def __init__(self, value):
+        self.value = value
 
 
 def _as_rows(inputs) -> list | Dataset | Iterator | None:

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
 
 import numpy as np
@@ -124,6 +125,16 @@ class Ma2mbaVideoProcessor(BaseVideoProcessor):
             frames_indices=indices,
         )
         return frames, metadata
+
+    def frame_fitter(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What resizes and crops frames as this processor does, for frames that come a few at a time.
+
+        Returns:
+            A function of uint8 frames `(..., 3, height, width)`, which returns them in their final size.
+        """
+        options = {name: getattr(self, name, None) for name in self.valid_kwargs.__annotations__}
+        options.update(self._standardize_kwargs(**options))
+        return partial(self._fit, options=options)
 
     def _fit(self, frames: torch.Tensor, options: dict) -> torch.Tensor:
         """Resizes and crops `(..., 3, height, width)` frames."""

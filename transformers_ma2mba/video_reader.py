@@ -67,7 +67,12 @@ def probe(source: Source) -> VideoInfo:
 
 
 def iter_frames(
-    source: Source, frame_rate: float = 1.0, transform: Transform | None = None
+    source: Source,
+    frame_rate: float = 1.0,
+    transform: Transform | None = None,
+    format: str | None = None,
+    options: dict[str, str] | None = None,
+    timeout: float | None = None,
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Yields what a film shows at 0, 1/frame_rate, 2/frame_rate, … seconds, up to its end.
 
@@ -79,6 +84,10 @@ def iter_frames(
             object, read from its beginning if it can seek.
         frame_rate: frames per second of film, above 0.
         transform: called once for each frame that is kept, for example to resize it.
+        format: FFmpeg's name of the container or device, such as "v4l2", where it cannot tell by itself; `source` then
+            goes to FFmpeg as it is.
+        options: for FFmpeg's demuxer, such as `{"video_size": "640x360"}`.
+        timeout: seconds after which a source that opens or sends nothing counts as ended; forever unless given.
 
     Yields:
         (time, frame): seconds from the start of the film, and (height, width, 3) uint8 RGB or what `transform` makes
@@ -95,7 +104,7 @@ def iter_frames(
     frame_rate = _checked_frame_rate(frame_rate)
 
     def frames():
-        with _open(source) as film:
+        with _open(source, format, options, timeout) as film:
             yield from _sample(film, frame_rate, transform)
 
     return frames()
@@ -313,11 +322,11 @@ class _Film:
 
 
 @contextmanager
-def _open(source: Source) -> Iterator[_Film]:
+def _open(source: Source, format=None, options=None, timeout=None) -> Iterator[_Film]:
     """Opens a film, and closes it in the end."""
-    file, name = _file_and_name(source)
+    file, name = (source, source) if format is not None and isinstance(source, str) else _file_and_name(source)
     try:
-        container = av.open(file, mode="r", metadata_errors="ignore")
+        container = av.open(file, mode="r", format=format, options=options, timeout=timeout, metadata_errors="ignore")
     except av.error.InvalidDataError as error:
         advice = "is not a video that FFmpeg can read: check what it is, or convert it to MP4."
         if _first_bytes(file)[4:8] == b"ftyp":  # an MP4 after all
