@@ -242,3 +242,13 @@ def test_a_film_cut_off_in_the_middle_is_answered_about(ask, capsys, tmp_path, c
     captured = capsys.readouterr()
     assert "transformers-ma2mba ask: warning: " in captured.err and "cut.mp4 ends early" in captured.err
     assert captured.out.startswith("Why?\n")
+
+
+def test_plan_says_what_offloading_would_take(capsys):
+    arguments = ["plan", "--preset", "3.1b", "--seconds", "7200", "--memory_budget", "80GiB"]
+    assert main(arguments) == 0
+    (said,) = re.findall(r"With --offload it would take ([\d.]+) GiB at least", capsys.readouterr().out)
+    assert main([*arguments, "--offload", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert "bytes_with_offload" not in report
+    assert report["fits"] == (float(said) <= 80)

@@ -132,6 +132,9 @@ def plan_report(options: argparse.Namespace) -> dict:
         if vision and embedding_bytes and tokens:
             tokens = min(tokens, (room - vision) // embedding_bytes)
         longest = {"longest_tokens": tokens}
+        if not fits and not options.offload:
+            offloaded = smallest_plan(config, sequence_length, **{**plan_options, "offload": True})
+            longest["bytes_with_offload"] = constant + max(offloaded.device_bytes, vision)
         if vision_config is not None:
             longest["longest_seconds"] = tokens and _seconds(tokens, options, config, frame_rate)
 
@@ -258,6 +261,8 @@ def _plan_table(report: dict) -> str:
         verdict = "fits" if report["fits"] else "does not fit"
         plan = "" if report["fits"] else ", even with this plan, the smallest"
         lines.append(f"It {verdict} {format_memory_size(report['memory_budget'])}{plan}. {_longest(report)}")
+    if "bytes_with_offload" in report:
+        lines.append(f"With --offload it would take {format_memory_size(report['bytes_with_offload'])} at least.")
     return "\n".join(lines)
 
 
