@@ -497,8 +497,11 @@ def run_checkpointed(
     layer_groups = list(_intervals(len(layers), plan.layer_interval))
     walks = layer_groups if plan.order == "layer-major" else [range(len(layers))]
     device = hidden_states.device
-    if plan.offload:  # the sequence may wait in host memory, whole
+    if plan.offload:
         device = next(layers[0].parameters()).device
+        if plan.order == "sequence-major":
+            # The embeddings wait in host memory, and so does their gradient: a walk needs a segment at a time.
+            hidden_states = hidden_states.cpu()
     for group in walks:
         last = group.stop == len(layers)
         chosen = layers[group.start : group.stop]
