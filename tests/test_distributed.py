@@ -49,11 +49,11 @@ def launch(*arguments):
     }
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        output, _ = process.communicate(timeout=180)
+        output, _ = process.communicate(timeout=420)
     except subprocess.TimeoutExpired:
         process.terminate()  # not killed: so it ends the processes that it has started
         output, _ = process.communicate(timeout=60)
-        pytest.fail(f"Not done after 3 minutes:\n{output[-10000:]}")
+        pytest.fail(f"Not done after 7 minutes:\n{output[-10000:]}")
     assert process.returncode == 0, output[-10000:]
 
 
