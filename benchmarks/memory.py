@@ -1,9 +1,9 @@
 """Peak memory of a training step by the length of the sequence, for each method of gradient checkpointing.
 
     python benchmarks/memory.py                                      # CPU: 2,048 to 32,768 tokens; some minutes
-    python benchmarks/memory.py --methods every-layer MA-GC --lengths 8192 --output_dir /tmp
+    python benchmarks/memory.py --methods every-layer MA-GC --lengths 8192 --output_dir elsewhere
     python benchmarks/memory.py --device cuda                        # Mamba-2-2.7B, 2^10 to 2^19 tokens
-    python benchmarks/memory.py --default_allocator --output_dir /tmp
+    python benchmarks/memory.py --default_allocator                  # as processes are, with what glibc holds back
     python benchmarks/memory.py --plot_only                          # draw and tabulate the results again
 
 The peak is what one step (`training_step.py`) takes above the loaded model, so the weights' gradients are in it. Each
@@ -13,7 +13,8 @@ give freed memory back at once and to keep one arena, or the peak would be that 
 `--default_allocator` shows. A length is left out, "–", where the method's peak at the length before says that memory
 would not do.
 
-Writes `memory.json`, `memory.md` and `memory.png` to `benchmarks/results`, on a GPU `memory_cuda.*`.
+Writes `memory.json`, `memory.md` and `memory.png` to `benchmarks/results`; on a GPU `memory_cuda.*`, with
+`--default_allocator` `memory_default_allocator.*`.
 """
 
 import ctypes
@@ -149,6 +150,7 @@ def report(results: dict) -> str:
         "",
         *([f"MA-GC's order is {' or '.join(orders)}.", ""] if orders else []),
         *([f"“–” was not measured: {'; '.join(reasons)}.", ""] if reasons else []),
+        *([results["note"], ""] if "note" in results else []),
         f"The same steps, in seconds: one run each{allocator}. `benchmarks/speed.py` measures the speed.",
         "",
         *table(["seconds", *header], seconds),
@@ -178,7 +180,8 @@ def main():
         print(json.dumps(measure(arguments.worker)))
         return
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    output = arguments.output_dir / ("memory_cuda.json" if arguments.device == "cuda" else "memory.json")
+    kind = "_cuda" if arguments.device == "cuda" else "_default_allocator" if arguments.default_allocator else ""
+    output = arguments.output_dir / f"memory{kind}.json"
     if arguments.plot_only:
         results = json.loads(output.read_text())
     else:

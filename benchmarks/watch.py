@@ -1,7 +1,7 @@
 """What it costs to watch a film of two hours once, beside decoding it and beside the model's own work.
 
-    python benchmarks/watch.py --film_dir /tmp/films              # five minutes, the films not counted
-    python benchmarks/watch.py --film_dir /tmp/films --hours 0.5
+    python benchmarks/watch.py --film_dir films              # five minutes, the films not counted
+    python benchmarks/watch.py --film_dir films --hours 0.5
 
 With the model that ships with the package. The films are those of `video_reader.py`, and are made if they are not in
 `--film_dir`. Each measurement has a process of its own with one thread of PyTorch, one after the other:
