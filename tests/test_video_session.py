@@ -580,13 +580,6 @@ def test_another_checkpoint_is_refused_by_name(session, processor, config, qa, t
         VideoSession.resume(path, half, processor)
     again = tiny_model(config)  # the same weights
     assert VideoSession.resume(path, again, processor).num_frames == 7
-    deeper = tiny_model(tiny_config(text=dict(num_hidden_layers=3)))
-    with pytest.raises(StateFileError, match="was made by"):
-        VideoSession.resume(path, deeper, processor)
-    with torch.no_grad():
-        again.lm_head.weight[3] += 1
-    with pytest.raises(StateFileError, match="was made by"):
-        VideoSession.resume(path, again, processor)
 
 
 def test_a_damaged_file_is_refused(session, model, processor, tmp_path):

@@ -5,8 +5,6 @@ copies of the state, so that each costs its own tokens only.
 """
 
 import contextlib
-import hashlib
-import json
 import math
 import os
 import threading
@@ -22,6 +20,7 @@ from transformers import Cache
 from transformers.utils.logging import tqdm
 
 from .answering import Answerer, checked_candidates, checked_questions
+from .model_fingerprint import describe_model, is_same_model, name_model
 from .recurrent_state import (
     StateFileError,
     cache_from_tensors,
@@ -37,17 +36,6 @@ from .video_stream import Picture, VideoStream
 
 # Timestamps are rounded, often to milliseconds; a frame this many seconds late for a sample is on time.
 _TOLERANCE = 0.6e-3
-# Of each parameter, so many values make up the fingerprint of a checkpoint.
-_FINGERPRINT_VALUES = 1024
-# Of the config, these belong to a run rather than to the checkpoint, and change no state.
-_SETTINGS = (
-    "frame_rate",
-    "frames_per_vision_pass",
-    "tokens_per_pass",
-    "transformers_version",
-    "dtype",
-    "architectures",
-)
 
 
 class VideoStreamError(VideoReadError):
@@ -397,7 +385,7 @@ class VideoSession:
             "clock_origin": _fixed_width(clock.origin if clock else 0.0),
             "clock_first_sample": f"{clock.first_sample if clock else 0:020d}",
             "clock_latest": _fixed_width(clock.latest if clock else 0.0),
-            **_describe_checkpoint(self.model, self.processor),
+            **describe_model(self.model, _beginning(self.processor)),
         }
         save_state_file(path, {**cache_to_tensors(cache), "on_screen": picture}, metadata)
 
@@ -417,12 +405,12 @@ class VideoSession:
             StateFileError: if it is no such file, is damaged, of another version, or another checkpoint's.
         """
         tensors, metadata = load_state_file(path)
-        own = _describe_checkpoint(model, processor)
+        own = describe_model(model, _beginning(processor))
         try:
-            if any(metadata[name] != own[name] for name in ("dtype", "fingerprint")):
+            if not is_same_model(metadata, own):
                 raise StateFileError(
-                    f"{os.fspath(path)} was made by {_name_checkpoint(metadata)}, and cannot be resumed with "
-                    f"{_name_checkpoint(own)}: load the former."
+                    f"{os.fspath(path)} was made by {name_model(metadata)}, and cannot be resumed with "
+                    f"{name_model(own)}: load the former."
                 )
             session = cls.__new__(cls)
             frame_rate = float(metadata["frame_rate"])
@@ -614,42 +602,7 @@ def _after_video(processor, messages: list[dict], add_generation_prompt: bool) -
     return text.partition(processor.video_token)[2]
 
 
-# Checkpoints
-
-
-def _describe_checkpoint(model, processor) -> dict[str, str]:
-    """Name, dtype and fingerprint: a SHA-256 of the model's config, the prompt's beginning and, of every parameter,
-    name, shape, dtype and 1,024 values spread over it. Parameters that wait on no device count without values."""
-    digest = hashlib.sha256()
-    config = _without_settings(model.config.to_dict())
-    digest.update(json.dumps([config, _beginning(processor)], sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}\n".encode())
-        if parameter.device.type != "meta":
-            values = parameter.detach().flatten()
-            values = values[:: max(1, values.numel() // _FINGERPRINT_VALUES)].contiguous().cpu()
-            digest.update(values.view(torch.uint8).numpy())
-    name = getattr(model, "name_or_path", None) or "a model without a name"
-    return {
-        "checkpoint": str(name),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "fingerprint": digest.hexdigest(),
-    }
-
-
-def _without_settings(config):
-    """A config without what may differ between two runs of one checkpoint, at all levels."""
-    if not isinstance(config, dict):
-        return config
-    return {
-        str(name): _without_settings(value)
-        for name, value in config.items()
-        if name not in _SETTINGS and not str(name).startswith("_")
-    }
-
-
-def _name_checkpoint(description: dict[str, str]) -> str:
-    return f"{description['checkpoint']} ({description['dtype']}, fingerprint {description['fingerprint'][:12]})"
+# Files
 
 
 def _layer_devices(model) -> list[torch.device]:
