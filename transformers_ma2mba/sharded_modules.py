@@ -21,6 +21,11 @@ def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule) or "ds_id" in vars(module)  # by which ZeRO-3 knows a module
 
 
+def plain_forward(module: nn.Module) -> Callable:
+    """What to call for a module inside `call_through_hooks`: where it is sharded, its hooks run around the whole."""
+    return module.forward if is_sharded(module) else module
+
+
 def gather_at_once(modules: list[nn.Module]):
     """Has ZeRO-3 gather all parameters of each module around its call, as FSDP2 does, and none of its sub-modules'.
 

@@ -1,0 +1,223 @@
+"""The fused layer with mamba-ssm's own kernels against the stock layer in float64: on a CUDA device, or on the CPU in
+Triton's interpreter with what mamba-ssm and causal-conv1d compile replaced by `stand_ins`, which `make test-kernels`
+sets up. It is apart from the other tests, as Transformers takes mamba-ssm's kernels wherever it can import them."""
+
+import contextlib
+import copy
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from double_precision import compute_in_double
+from tiny import tiny_text_config
+from transformers import Mamba2Model
+from transformers.models.mamba2 import modeling_mamba2
+
+from transformers_ma2mba import fused_layer
+from transformers_ma2mba.checkpoint_plan import kept_bytes_per_token
+from transformers_ma2mba.fused_layer import FusedLayer, why_not_fused
+from transformers_ma2mba.multi_axis_checkpointing import enable_multi_axis_checkpointing
+from transformers_ma2mba.recurrent_state import LayerState, carried_cache, read_state, write_state
+from transformers_ma2mba.ssd_scan import ssd_scan
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WHY_NOT = why_not_fused([], DEVICE)
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"mamba-ssm's kernels: {WHY_NOT}; see make test-kernels")
+
+# Relative, by the norm of each tensor: three times what was measured on a CPU. Tensor cores round float32 to TF32,
+# which has the digits of float16; bfloat16 has three bits fewer.
+TOLERANCE = {
+    ("cpu", torch.float32): 3e-5,
+    ("cpu", torch.float16): 6e-3,
+    ("cuda", torch.float32): 6e-3,
+    ("cuda", torch.bfloat16): 0.05,
+}
+HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter cannot multiply bfloat16 matrices
+NOTHING = 1e-3  # a norm, where those of gradients are around 1: relative to less, rounding errors are large
+if DEVICE.type == "cuda":
+    CONFIG = dict(hidden_size=512, num_heads=16, head_dim=64, state_size=128, chunk_size=256)
+    PIECES = {
+        torch.float32: [[1], [2], [255], [256], [257], [1000], [4096 + 13], [3, 1, 2, 5], [5, 252], [5, 253, 254]],
+        HALF: [[257], [1000], [4096 + 13], [1000, 257, 4096 + 13]],
+    }
+    GRID = [("layer-major", 1, 1000, 4096 + 13), ("sequence-major", 2, 4096, 10_000)]
+else:  # as little as possible, since interpreting takes long
+    CONFIG = dict(hidden_size=16, num_heads=2, head_dim=16, state_size=16, chunk_size=16)
+    PIECES = {
+        torch.float32: [[1], [2], [15], [16], [17], [3, 1, 2, 5], [5, 13], [5, 14], [7, 37]],
+        HALF: [[17], [7, 37]],
+    }
+    GRID = [("layer-major", 1, 5, 14), ("sequence-major", 2, 18, 20)]
+
+
+@pytest.fixture(autouse=True)
+def without_cuda(monkeypatch):
+    """What mamba-ssm asks of the device while its kernels are interpreted."""
+    if DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        properties = SimpleNamespace(multi_processor_count=1)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch):
+    """Where each call of the kernel starts: from a state or not."""
+    calls = []
+    kernels = fused_layer._kernels()
+
+    def recorded(*args, **kwargs):
+        calls.append(kwargs["initial_states"] is not None)
+        return kernels.split_conv1d_scan(*args, **kwargs)
+
+    monkeypatch.setattr(fused_layer, "_kernels", lambda: kernels._replace(split_conv1d_scan=recorded))
+    return calls
+
+
+def causal_conv1d(hidden_states, weight, bias=None, activation=None, **kwargs):
+    padded = F.pad(hidden_states, (weight.shape[-1] - 1, 0))
+    assert activation == "silu"
+    return F.silu(F.conv1d(padded, weight.unsqueeze(1), bias, groups=len(weight)))
+
+
+@pytest.fixture
+def in_double(monkeypatch):
+    """A context in which the stock model computes in float64, in plain PyTorch."""
+
+    @contextlib.contextmanager
+    def context():
+        with monkeypatch.context() as patched:
+            compute_in_double(patched)
+            patched.setattr(modeling_mamba2, "causal_conv1d_fn", causal_conv1d)
+            patched.setattr(modeling_mamba2, "mamba2_chunk_scan", lambda *args, **kwargs: ssd_scan(*args, **kwargs))
+            patched.setattr(modeling_mamba2, "mamba2_split_conv1d_scan_combined", lambda *args, **kwargs: None)
+            yield
+
+    return context
+
+
+def trunk(dtype, num_hidden_layers=1, **options) -> Mamba2Model:
+    torch.manual_seed(0)
+    model = Mamba2Model(tiny_text_config(num_hidden_layers=num_hidden_layers, **{**CONFIG, **options}))
+    with torch.no_grad():
+        for parameter in model.parameters():  # some are all zeros or ones
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model.to(DEVICE, dtype).train()
+
+
+def in_float64(module):
+    return copy.deepcopy(module).to(torch.float64)
+
+
+def random_state(config, dtype) -> LayerState:
+    conv_dim = config.expand * config.hidden_size + 2 * config.n_groups * config.state_size
+    conv = torch.randn(2, conv_dim, config.conv_kernel)
+    recurrent = torch.randn(2, config.num_heads, config.head_dim, config.state_size)
+    return LayerState(conv.to(DEVICE, dtype), recurrent.to(DEVICE))
+
+
+def weighted(tensors):
+    """A loss that weighs each number in its own way."""
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(tensor.shape, generator=generator).to(DEVICE) for tensor in tensors]
+    return sum((tensor * weight.to(tensor.dtype)).sum() for tensor, weight in zip(tensors, weights, strict=True))
+
+
+def run(layer, call, inputs, pieces, state):
+    """All that comes out of a sequence, cut into pieces, and its gradients."""
+    layer.zero_grad()
+    inputs = inputs.clone().requires_grad_()
+    state = LayerState(*(tensor if tensor is None else tensor.clone().requires_grad_() for tensor in state))
+    cache = carried_cache(1)
+    write_state(cache.layers[0], state)
+    outputs = [call(piece, cache_params=cache) for piece in inputs.split(pieces, dim=1)]
+    outputs = [torch.cat(outputs, dim=1), *read_state(cache.layers[0])]
+    weighted(outputs).backward()
+    results = dict(zip(["output", "final conv", "final recurrent"], outputs, strict=True))
+    results |= {f"initial {name}": tensor.grad for name, tensor in state._asdict().items() if tensor is not None}
+    return results | {"inputs": inputs.grad} | {name: parameter.grad for name, parameter in layer.named_parameters()}
+
+
+def assert_close(actual, expected, dtype):
+    tolerance = TOLERANCE[DEVICE.type, dtype]
+    assert actual.keys() == expected.keys()
+    errors = {
+        name: ((actual[name] - tensor).norm() / tensor.norm().clamp(min=NOTHING)).item()
+        for name, tensor in expected.items()
+    }
+    assert all(error <= tolerance for error in errors.values()), errors  # and so no NaN
+
+
+@pytest.mark.parametrize("pieces, dtype", [(pieces, dtype) for dtype in PIECES for pieces in PIECES[dtype]], ids=str)
+def test_pieces(pieces, dtype, in_double, calls):
+    layer = trunk(dtype).layers[0]
+    inputs = torch.randn(1, sum(pieces), CONFIG["hidden_size"]).to(DEVICE, dtype)
+    with in_double():
+        exact = in_float64(layer)
+        expected = run(exact, exact, inputs.double(), [sum(pieces)], LayerState())
+    assert not calls
+    assert_close(run(layer, FusedLayer(layer), inputs, pieces, LayerState()), expected, dtype)
+    assert calls == [False] + [True] * (len(pieces) - 1)
+
+
+@pytest.mark.parametrize("options", [{"n_groups": 2, "use_bias": True}, {"use_conv_bias": False}], ids=str)
+def test_a_state_that_is_given(options, in_double, calls):
+    model = trunk(torch.float32, **options)
+    layer = model.layers[0]
+    inputs = torch.randn(2, 3, CONFIG["hidden_size"]).to(DEVICE)
+    state = random_state(model.config, torch.float32)
+    with in_double():
+        exact = in_float64(layer)
+        double = LayerState(*(tensor.double() for tensor in state))
+        expected = run(exact, exact, inputs.double(), [3], double)
+    assert_close(run(layer, FusedLayer(layer), inputs, [3], state), expected, torch.float32)
+    assert calls == [True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+def test_a_fused_layer_keeps_what_the_plan_says(dtype):
+    model = trunk(dtype, residual_in_fp32=True)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def kept_bytes(length):
+        cache = carried_cache(1)
+        write_state(cache.layers[0], random_state(model.config, dtype))
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        rows = torch.randn(2, length, CONFIG["hidden_size"], device=DEVICE, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = FusedLayer(model.layers[0])(rows, cache_params=cache)
+        assert output.dtype == torch.float32
+        return sum(kept.values())
+
+    shorter, longer = (kept_bytes(chunks * CONFIG["chunk_size"]) for chunks in (1, 3))
+    per_token = (longer - shorter) / (2 * 2 * CONFIG["chunk_size"])
+    assert per_token == kept_bytes_per_token(model.config, dtype, fused=True)
+
+
+def step(model, embeds):
+    model.zero_grad()
+    embeds = embeds.clone().requires_grad_()
+    output = model(inputs_embeds=embeds).last_hidden_state
+    weighted([output]).backward()
+    gradients = {name: parameter.grad for name, parameter in model.layers.named_parameters()}
+    return {"output": output.detach(), "inputs": embeds.grad, **gradients}
+
+
+@pytest.mark.parametrize("order, layer_interval, sequence_interval, length", GRID)
+def test_multi_axis_checkpointing(order, layer_interval, sequence_interval, length, in_double, calls):
+    model = trunk(torch.float32, num_hidden_layers=2)
+    embeds = torch.randn(1, length, CONFIG["hidden_size"]).to(DEVICE)
+    with in_double():
+        expected = step(in_float64(model), embeds.double())
+    assert not calls
+    grid = enable_multi_axis_checkpointing(model, layer_interval, sequence_interval, order=order)
+    assert_close(step(grid, embeds), expected, torch.float32)
+    assert True in calls and False in calls

@@ -1,0 +1,417 @@
+"""The fused layer against the stock one in float64: outputs, states and gradients. In place of mamba-ssm's kernel
+stands a naive double of it; `tests/interpreted_kernels` has the kernels themselves."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from double_precision import compute_in_double
+from peft import LoraConfig, inject_adapter_in_model
+from tiny import tiny_text_config
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import Mamba2Model
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Block
+
+from transformers_ma2mba import fused_layer
+from transformers_ma2mba.fused_layer import FusedLayer, forwards_of, why_not_fused
+from transformers_ma2mba.multi_axis_checkpointing import enable_multi_axis_checkpointing
+from transformers_ma2mba.recurrent_state import LayerState, carried_cache, read_state, write_state
+
+WIDTH = 32
+CHUNK = 8
+EXACT = 1e-10  # relative, in float64
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def split_conv1d_scan(
+    zxbcdt,
+    conv1d_weight,
+    conv1d_bias,
+    dt_bias,
+    A,
+    D,
+    chunk_size,
+    initial_states=None,
+    seq_idx=None,
+    dt_limit=(0.0, float("inf")),
+    return_final_states=False,
+    activation="silu",
+    rmsnorm_weight=None,
+    rmsnorm_eps=1e-6,
+    outproj_weight=None,
+    outproj_bias=None,
+    headdim=None,
+    ngroups=1,
+    norm_before_gate=True,
+):
+    """What mamba-ssm's kernel of this signature computes, token by token."""
+    assert seq_idx is None and activation in ("silu", "swish") and not norm_before_gate
+    conv_dim, width = conv1d_weight.shape
+    num_heads = len(D)
+    inner = num_heads * headdim
+    gate, conv_inputs, dt = zxbcdt.split([inner, conv_dim, num_heads], dim=-1)
+    padded = F.pad(conv_inputs.transpose(1, 2), (width - 1, 0))
+    convolved = F.silu(F.conv1d(padded, conv1d_weight.unsqueeze(1), conv1d_bias, groups=conv_dim)).transpose(1, 2)
+    x, B, C = convolved.split([inner, (conv_dim - inner) // 2, (conv_dim - inner) // 2], dim=-1)
+    x = x.unflatten(-1, (num_heads, headdim))
+    B, C = (tensor.unflatten(-1, (ngroups, -1)).repeat_interleave(num_heads // ngroups, dim=2) for tensor in (B, C))
+    dt = F.softplus(dt + dt_bias).clamp(*dt_limit)
+    state = x.new_zeros(len(x), num_heads, headdim, B.shape[-1]) if initial_states is None else initial_states
+    y = []
+    for t in range(x.shape[1]):
+        written = torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B[:, t])
+        state = torch.exp(dt[:, t] * A)[..., None, None] * state + written
+        y.append(torch.einsum("bhpn,bhn->bhp", state, C[:, t]) + D[:, None] * x[:, t])
+    y = (torch.stack(y, dim=1).flatten(2) * F.silu(gate)).unflatten(-1, (ngroups, -1))
+    y = (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + rmsnorm_eps)).flatten(2) * rmsnorm_weight
+    if outproj_weight is not None:
+        y = F.linear(y, outproj_weight, outproj_bias)
+    else:
+        assert outproj_bias is None
+    return (y, state) if return_final_states else y
+
+
+@pytest.fixture(autouse=True)
+def double(monkeypatch):
+    compute_in_double(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch):
+    """The keywords of each call of the kernel."""
+    calls = []
+
+    def recorded(*args, **kwargs):
+        calls.append(kwargs)
+        return split_conv1d_scan(*args, **kwargs)
+
+    monkeypatch.setattr(fused_layer, "_kernels", lambda: fused_layer._Kernels(recorded))
+    return calls
+
+
+def trunk(num_hidden_layers=1, **options) -> Mamba2Model:
+    torch.manual_seed(0)
+    config = tiny_text_config(num_hidden_layers=num_hidden_layers, hidden_size=WIDTH, chunk_size=CHUNK, **options)
+    model = Mamba2Model(config).double().train()
+    with torch.no_grad():
+        for parameter in model.parameters():  # some are all zeros or ones
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def block(**options) -> Mamba2Block:
+    return trunk(**options).layers[0]
+
+
+def random_state(config, batch_size=2) -> LayerState:
+    conv_dim = config.expand * config.hidden_size + 2 * config.n_groups * config.state_size
+    conv = torch.randn(batch_size, conv_dim, config.conv_kernel, dtype=torch.float64)
+    recurrent = torch.randn(batch_size, config.num_heads, config.head_dim, config.state_size, dtype=torch.float64)
+    return LayerState(conv.requires_grad_(), recurrent.requires_grad_())
+
+
+def inputs_of(length, batch_size=2):
+    return torch.randn(batch_size, length, WIDTH, dtype=torch.float64)
+
+
+def run(layer, call, inputs, pieces=None, state=None, **options):
+    """All that comes out of a sequence, cut into pieces, and the gradients of a loss that weighs each number of it in
+    its own way."""
+    layer.zero_grad()
+    inputs = inputs.clone().requires_grad_()
+    state = LayerState(*(tensor.detach().clone().requires_grad_() for tensor in state)) if state else LayerState()
+    cache = carried_cache(layer.layer_idx + 1)
+    write_state(cache.layers[layer.layer_idx], state)
+    pieces = inputs.split(pieces or [inputs.shape[1]], dim=1)
+    output = torch.cat([call(piece, cache_params=cache, **options) for piece in pieces], dim=1)
+    final = read_state(cache.layers[layer.layer_idx])
+    generator = torch.Generator().manual_seed(1)
+    outputs = [output, *final]
+    sum(
+        (tensor * torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator)).sum() for tensor in outputs
+    ).backward()
+    results = dict(
+        zip(["output", "final conv", "final recurrent"], [tensor.detach() for tensor in outputs], strict=True)
+    )
+    results |= {f"initial {name}": None if t is None else t.grad for name, t in state._asdict().items()}
+    return results | {"inputs": inputs.grad} | {name: parameter.grad for name, parameter in layer.named_parameters()}
+
+
+def assert_same(actual: dict, expected: dict, tolerance=EXACT):
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if tensor is None:
+            assert actual[name] is None, name
+            continue
+        assert actual[name].dtype == tensor.dtype and actual[name].shape == tensor.shape, name
+        difference = (actual[name] - tensor).norm()
+        assert difference <= tolerance * tensor.norm(), (name, (difference / tensor.norm()).item())
+
+
+LENGTHS = [1, 2, 3, 4, 5, CHUNK - 1, CHUNK, CHUNK + 1, 29]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_first_piece(length, calls):
+    layer, inputs = block(), inputs_of(length)
+    assert_same(run(layer, FusedLayer(layer), inputs), run(layer, layer, inputs))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_piece_after_another(length, calls):
+    layer, inputs = block(), inputs_of(6 + length)
+    assert_same(run(layer, FusedLayer(layer), inputs, [6, length]), run(layer, layer, inputs))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("length", LENGTHS[1:])  # a single token, the stock layer takes for a step of decoding
+def test_a_state_that_is_given(length):
+    layer, inputs = block(), inputs_of(length)
+    state = random_state(trunk().config)
+    assert_same(run(layer, FusedLayer(layer), inputs, state=state), run(layer, layer, inputs, state=state))
+
+
+OPTIONS = [
+    {"n_groups": 2},
+    {"use_conv_bias": False},
+    {"use_bias": True},
+    {"conv_kernel": 2},
+    {"conv_kernel": 3},
+    {"residual_in_fp32": False},
+    {"time_step_limit": (0.0, 0.5)},
+    {"time_step_limit": (-1.0, 2.0)},
+    {"layer_norm_epsilon": 1e-2, "expand": 4, "num_heads": 8},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_many_pieces_are_the_whole(options, calls):
+    pieces = [3, 1, 1, 7, 2, 13, 4]
+    layer, inputs = block(**options), inputs_of(sum(pieces))
+    assert_same(run(layer, FusedLayer(layer), inputs, pieces), run(layer, layer, inputs))
+    assert len(calls) == len(pieces)
+    if layer.mixer.conv_kernel_size < 4:
+        pieces = [1, 1, 2]  # each shorter than a state
+        inputs = inputs[:, :4]
+        assert_same(run(layer, FusedLayer(layer), inputs, pieces), run(layer, layer, inputs))
+
+
+def test_without_a_cache(calls):
+    layer, inputs = block(), inputs_of(11)
+    torch.testing.assert_close(FusedLayer(layer)(inputs), layer(inputs), rtol=EXACT, atol=EXACT)
+    assert not calls[0]["return_final_states"]
+
+
+def test_a_mask_takes_the_plain_way(calls):
+    layer, inputs = block(), inputs_of(11)
+    mask = (torch.arange(11) >= torch.tensor([[4], [0]])).long()
+    plain = run(layer, layer, inputs, attention_mask=mask)
+    assert_same(run(layer, FusedLayer(layer), inputs, attention_mask=mask, lean_scan=False), plain, tolerance=0)
+    assert not calls
+
+
+def test_the_norm_in_a_kernel(monkeypatch):
+    layer, inputs = block(), inputs_of(11)
+
+    def rms_norm(x, weight, bias, eps):
+        assert bias is None and x.dtype == weight.dtype
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+    monkeypatch.setattr(fused_layer, "_kernels", lambda: fused_layer._Kernels(split_conv1d_scan, rms_norm))
+    expected = run(layer, layer, inputs)
+    assert_same(run(layer, FusedLayer(layer), inputs), expected)
+    normed = []
+    layer.norm.register_forward_hook(lambda *args: normed.append(args[-1]))
+    assert_same(run(layer, FusedLayer(layer), inputs), expected)
+    assert len(normed) == 1
+
+
+def test_the_kept_state_pins_nothing():
+    layer = block()
+    for length in (2, 30):
+        cache = carried_cache(1)
+        FusedLayer(layer)(inputs_of(length), cache_params=cache)
+        for _ in range(2):
+            for tensor in read_state(cache.layers[0]):
+                assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+            FusedLayer(layer)(inputs_of(length), cache_params=cache)
+
+
+def lora(model, *targets, r=3, **options):
+    """A model's layers with adapters. Given the model itself, PEFT would refuse those that the kernels may pass by."""
+    torch.manual_seed(3)
+    config = LoraConfig(r=r, lora_dropout=0.0, target_modules=list(targets), init_lora_weights=False, **options)
+    return inject_adapter_in_model(config, model.layers).double()
+
+
+@pytest.mark.parametrize("targets", [["in_proj"], ["out_proj"], ["in_proj", "out_proj"]], ids="+".join)
+def test_adapters_on_the_projections(targets, calls):
+    (layer,), inputs = lora(trunk(use_bias=True), *targets), inputs_of(13)
+    expected = run(layer, layer, inputs)
+    assert expected[f"mixer.{targets[0]}.lora_A.default.weight"].norm() > 0
+    assert_same(run(layer, FusedLayer(layer), inputs, [6, 7]), expected)
+    assert len(calls) == 2
+    assert all(call["outproj_weight"] is None and call["outproj_bias"] is None for call in calls)  # not, or frozen
+
+
+def test_who_multiplies_by_the_output_projection(calls):
+    layer, inputs = block(), inputs_of(5)
+    run(layer, FusedLayer(layer), inputs)
+    assert calls.pop()["outproj_weight"] is layer.mixer.out_proj.weight
+    for change in (
+        lambda projection: projection.requires_grad_(False),
+        lambda projection: projection.requires_grad_().register_forward_hook(lambda *args: 2 * args[-1]),
+        lambda projection: parametrize.register_parametrization(projection, "weight", nn.Softplus(), unsafe=True),
+    ):
+        change(layer.mixer.out_proj)
+        assert_same(run(layer, FusedLayer(layer), inputs), run(layer, layer, inputs))
+        assert calls.pop()["outproj_weight"] is None
+
+
+# Which layers
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def single(**options):
+    return block(**options).to(torch.float32)
+
+
+def test_stock_layers_are_fused(interpreter):
+    model = trunk(3).to(torch.float32)
+    assert why_not_fused(list(model.layers), CPU) is None
+    assert why_not_fused(list(lora(model, "in_proj", "out_proj").to(torch.float32)), CPU) is None
+    forwards, fused = forwards_of(list(model.layers), CPU)
+    assert fused and all(isinstance(forward, FusedLayer) for forward in forwards)
+    assert [forward.layer for forward in forwards] == list(model.layers)
+
+
+def parts_of(layer):
+    return {
+        "layers.0": layer,
+        "layers.0.mixer": layer.mixer,
+        "layers.0.mixer.conv1d": layer.mixer.conv1d,
+        "layers.0.mixer.norm": layer.mixer.norm,
+    }
+
+
+CHANGES = {
+    "forward hook": lambda module: module.register_forward_hook(lambda *args: None),
+    "forward pre-hook": lambda module: module.register_forward_pre_hook(lambda *args: None),
+    "backward hook": lambda module: module.register_full_backward_hook(lambda *args: None),
+    "backward pre-hook": lambda module: module.register_full_backward_pre_hook(lambda *args: None),
+    "another forward": lambda module: setattr(module, "forward", module.forward),
+    "parametrization": lambda module: parametrize.register_parametrization(
+        module, next(name for name, _ in module.named_parameters(recurse=False)), nn.Identity()
+    ),
+    "class of its own": lambda module: setattr(module, "__class__", type("Own", (type(module),), {})),
+}
+
+
+# A block has no parameter of its own that could be parametrized.
+@pytest.mark.parametrize(
+    "name, change",
+    [pair for pair in itertools.product(parts_of(single()), CHANGES) if pair != ("layers.0", "parametrization")],
+)
+def test_what_the_kernels_would_pass_by(name, change, interpreter):
+    layer = single()
+    CHANGES[change](parts_of(layer)[name])
+    reason = why_not_fused([single(), layer], CPU)
+    assert reason.startswith(f"{name} ") and "pass by" in reason
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd")
+def test_adapters_that_the_kernels_would_pass_by(interpreter):
+    layers = lora(trunk(2), "conv1d", r=96, exclude_modules=["0.mixer.conv1d"]).to(torch.float32)
+    assert why_not_fused(list(layers), CPU).startswith("layers.1.mixer.conv1d has")
+    layers = lora(trunk(2), "in_proj", modules_to_save=["mixer.norm"]).to(torch.float32)
+    assert why_not_fused(list(layers), CPU).startswith("layers.0.mixer.norm has")
+
+
+def test_layers_that_the_kernels_cannot_compute(interpreter):
+    for reason, options in {
+        "activation": {"hidden_act": "gelu"},
+        "2 to 4 tokens": {"conv_kernel": 5},
+        "multiples of 8": {"state_size": 15, "n_groups": 2},
+        "least step size": {"time_step_limit": (0.01, 1.0)},
+    }.items():
+        assert reason in why_not_fused([single(**options)], CPU)
+    assert "float64" in why_not_fused([block()], CPU)
+    assert "Linear is not the stock layer" in why_not_fused([single(), nn.Linear(2, 2)], CPU)
+
+
+def test_without_cuda_nothing_is_asked_of_mamba_ssm(monkeypatch, caplog):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(fused_layer, "_kernels", lambda: pytest.fail("asked"))
+    layer = single()
+    assert "CUDA" in why_not_fused([layer], CPU)
+    assert forwards_of([layer], CPU) == ([layer], False)
+
+
+def test_says_its_choice(monkeypatch):
+    said = []
+    for level in ("info_once", "warning_once"):
+        monkeypatch.setattr(fused_layer.logger, level, lambda message, level=level: said.append((level, message)))
+    layer = single()
+    forwards_of([layer], CUDA)
+    monkeypatch.setattr(fused_layer, "_kernels", lambda: fused_layer._Kernels(missing="mamba-ssm cannot be imported"))
+    assert forwards_of([layer], CUDA) == ([layer], False)
+    forwards_of([layer], CPU)
+    assert said == [
+        ("info_once", "MA-GC runs Mamba-2 layers with mamba-ssm's fused kernels."),
+        ("warning_once", "MA-GC runs Mamba-2 layers without mamba-ssm's fused kernels: mamba-ssm cannot be imported."),
+    ]
+
+
+def test_a_missing_or_broken_installation(monkeypatch):
+    monkeypatch.undo()
+    load = fused_layer._kernels.__wrapped__
+    assert "mamba-ssm cannot be imported" in load().missing
+
+
+def test_a_sharded_layer(monkeypatch, interpreter):
+    """Its hooks run around the whole walk, in which its `forward` is that of the walk."""
+    layer = single()
+    layer.ds_id = 0
+    layer.register_forward_pre_hook(lambda *args: pytest.fail("gathered again"))
+    assert why_not_fused([layer], CPU) is None
+    fused = FusedLayer(layer)
+    layer.forward = lambda *args: pytest.fail("called itself")
+    layer.double()
+    inputs = inputs_of(4)
+    fused(inputs)
+    fused(inputs, attention_mask=torch.ones(2, 4))
+
+
+# The engine
+
+
+@pytest.mark.parametrize("order", ["layer-major", "sequence-major"])
+@pytest.mark.parametrize("length", [1, 9, 23])
+def test_the_gradients_of_the_plain_run(length, order, calls, monkeypatch):
+    model, inputs = trunk(3), inputs_of(length)
+    monkeypatch.setattr(fused_layer, "why_not_fused", lambda *args: None)
+
+    def step(model):
+        model.zero_grad()
+        embeds = inputs.clone().requires_grad_()
+        output = model(inputs_embeds=embeds).last_hidden_state
+        output.square().sum().backward()
+        return {"output": output, "inputs": embeds.grad} | {
+            name: parameter.grad for name, parameter in model.named_parameters()
+        }
+
+    expected = step(model)
+    assert not calls
+    for layer_interval, sequence_interval in [(1, 4), (2, 3), (3, 100)]:
+        grid = enable_multi_axis_checkpointing(copy.deepcopy(model), layer_interval, sequence_interval, order=order)
+        assert_same(step(grid), expected)
+        assert calls
+        calls.clear()

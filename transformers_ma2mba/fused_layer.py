@@ -1,0 +1,200 @@
+"""A stock Mamba-2 layer run by mamba-ssm's fused training kernel, with its state carried in and out.
+
+`mamba_split_conv1d_scan_combined` takes a layer from its projected input to its output at once, and keeps hardly more
+than that input for backward. It can start its scan from a state, but not its convolution. So the last inputs that the
+convolution saw are put before the segment's own, with step sizes of -inf before the softplus: the convolution reads
+them, and to the scan they are steps of size zero, which neither decay the state nor write to it. Their outputs are cut
+off. Both passes are those of the stock layer, and the kernels are mamba-ssm's as they are.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Block, Mamba2Mixer, Mamba2RMSNorm, MambaRMSNormGated
+from transformers.utils import logging
+
+from .recurrent_state import LayerState, read_state, write_state
+from .sharded_modules import is_sharded, plain_forward
+
+logger = logging.get_logger(__name__)
+
+
+class _Kernels(NamedTuple):
+    """What is used of mamba-ssm, or why it cannot be."""
+
+    split_conv1d_scan: Callable | None = None
+    rms_norm: Callable | None = None
+    missing: str | None = None
+
+
+@functools.cache
+def _kernels() -> _Kernels:
+    """Imported when they are first asked for: importing mamba-ssm takes seconds, and a broken installation of it fails
+    in many ways."""
+    try:
+        from mamba_ssm.ops.triton import ssd_combined
+    except Exception as error:
+        return _Kernels(missing=f"mamba-ssm cannot be imported ({type(error).__name__}: {error})")
+    if getattr(ssd_combined, "causal_conv1d_fwd_function", None) is None:
+        return _Kernels(missing="causal-conv1d, or a release of it that this mamba-ssm knows, cannot be imported")
+    try:
+        from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
+    except Exception:
+        rms_norm_fn = None
+    return _Kernels(ssd_combined.mamba_split_conv1d_scan_combined, rms_norm_fn)
+
+
+def forwards_of(layers: list[nn.Module], device: torch.device) -> tuple[list[Callable], bool]:
+    """How MA-GC is to call each layer, and whether that is the fused way: all of them, or none. Says so once."""
+    reason = why_not_fused(layers, device)
+    if reason is None:
+        logger.info_once("MA-GC runs Mamba-2 layers with mamba-ssm's fused kernels.")
+        return [FusedLayer(layer) for layer in layers], True
+    if device.type == "cuda":
+        logger.warning_once(f"MA-GC runs Mamba-2 layers without mamba-ssm's fused kernels: {reason}.")
+    return [plain_forward(layer) for layer in layers], False
+
+
+def why_not_fused(layers: list[nn.Module], device: torch.device) -> str | None:
+    """Why the fused kernels cannot run these layers; None if they can."""
+    # In Triton's interpreter, they run anywhere.
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"they run on CUDA devices, and this one is {device.type}"
+    if _kernels().missing is not None:
+        return _kernels().missing
+    return next(filter(None, map(_why_not_this, layers)), None)
+
+
+def _why_not_this(layer: nn.Module) -> str | None:
+    if not isinstance(layer, Mamba2Block):
+        return f"{type(layer).__name__} is not the stock layer"
+    name, mixer = f"layers.{layer.layer_idx}", layer.mixer
+    passed_by = "has a hook, an adapter or a class of its own, which they would pass by"
+    # The hooks of a sharded layer run around the whole walk (see checkpoint_grid), not around its calls.
+    if not is_sharded(layer) and not _is_plain(layer, Mamba2Block):
+        return f"{name} {passed_by}"
+    if not _is_plain(mixer, Mamba2Mixer):
+        return f"{name}.mixer {passed_by}"
+    if not _is_plain(mixer.conv1d, nn.Conv1d):
+        return f"{name}.mixer.conv1d {passed_by}"
+    if not _is_plain(mixer.norm, MambaRMSNormGated):
+        return f"{name}.mixer.norm {passed_by}"
+    if mixer.activation not in ("silu", "swish"):
+        return f"their activation is silu, that of {name} is {mixer.activation}"
+    if not 2 <= mixer.conv_kernel_size <= 4:
+        return f"their convolution is 2 to 4 tokens wide, that of {name} is {mixer.conv_kernel_size}"
+    if mixer.conv_dim % 8 or mixer.intermediate_size % 8:
+        return f"they take widths in multiples of 8, and {name} has {mixer.intermediate_size} and {mixer.conv_dim}"
+    if mixer.time_step_limit[0] > 0:
+        return f"{name} has a least step size, {mixer.time_step_limit[0]}, and a state goes in by steps of size zero"
+    if any(parameter.dtype == torch.float64 for parameter in layer.parameters()):
+        return f"{name} is in float64, which they do not know"
+    return None
+
+
+def _is_plain(module: nn.Module, stock: type) -> bool:
+    """Whether a module is of the stock class itself, which parametrized, adapted, quantized and sharded ones are not,
+    and calling it runs the forward of that class and nothing else."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return type(module) is stock and "forward" not in vars(module) and not any(getattr(module, kind) for kind in hooks)
+
+
+class FusedLayer:
+    """A stock `Mamba2Block`, called like it, with its mixer in the fused kernel. The state in `cache_params` is
+    replaced, as in [`CarriedLayer`], and gradients flow through both the old and the new one.
+
+    With an attention mask, which the kernel does not know, and for packed sequences, it calls the layer as it is.
+    """
+
+    def __init__(self, layer: Mamba2Block):
+        self.layer = layer
+        # Bound now: while a sharded layer's hooks run, its `forward` is that of the whole walk.
+        self.plain_forward = plain_forward(layer)
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        cache_params: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """`(batch_size, sequence_length, hidden_size)`, as `hidden_states`; keywords are for the plain layer."""
+        if attention_mask is not None or kwargs.get("seq_idx") is not None or kwargs.get("cu_seqlens") is not None:
+            return self.plain_forward(
+                hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
+            )
+        residual = hidden_states.float() if self.layer.residual_in_fp32 else hidden_states
+        return residual + self._mix(self._norm(hidden_states), cache_params)
+
+    def _norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        norm = self.layer.norm
+        hidden_states = hidden_states.to(norm.weight.dtype)
+        if _kernels().rms_norm is None or not _is_plain(norm, Mamba2RMSNorm):
+            return norm(hidden_states)
+        # One kernel, which keeps its input alone for backward.
+        return _kernels().rms_norm(hidden_states, norm.weight, None, eps=norm.variance_epsilon)
+
+    def _mix(self, hidden_states: torch.Tensor, cache_params: Cache | None) -> torch.Tensor:
+        mixer, dtype = self.layer.mixer, hidden_states.dtype
+        cached = None if cache_params is None else cache_params.layers[mixer.layer_idx]
+        before = LayerState() if cached is None else read_state(cached)
+        projected = mixer.in_proj(hidden_states)
+        conv_after = None if cached is None else self._last_conv_inputs(projected, before.conv)
+        prefix_length = 0
+        if before.conv is not None:
+            prefix = self._prefix(before.conv).to(projected.dtype)
+            prefix_length = prefix.shape[1]
+            projected = torch.cat([prefix, projected], dim=1)
+
+        # The kernel keeps no input for the output projection, but makes it again to find the gradient of its weight.
+        # A frozen one needs neither.
+        with_projection = _is_plain(mixer.out_proj, nn.Linear) and mixer.out_proj.weight.requires_grad
+        output = _kernels().split_conv1d_scan(
+            projected,
+            mixer.conv1d.weight.squeeze(1),
+            mixer.conv1d.bias,
+            mixer.dt_bias,
+            -torch.exp(mixer.A_log.float()),
+            D=mixer.D,
+            chunk_size=mixer.chunk_size,
+            initial_states=before.recurrent,
+            dt_limit=mixer.time_step_limit,
+            return_final_states=cached is not None,
+            activation=mixer.activation,
+            rmsnorm_weight=mixer.norm.weight,
+            rmsnorm_eps=mixer.norm.variance_epsilon,
+            outproj_weight=mixer.out_proj.weight if with_projection else None,
+            outproj_bias=mixer.out_proj.bias if with_projection else None,
+            headdim=mixer.head_dim,
+            ngroups=mixer.n_groups,
+            norm_before_gate=False,
+        )
+        if cached is not None:
+            output, recurrent_after = output
+            write_state(cached, LayerState(conv_after, recurrent_after))
+        output = output[:, prefix_length:]
+        return output if with_projection else mixer.out_proj(output.to(dtype))
+
+    def _prefix(self, conv: torch.Tensor) -> torch.Tensor:
+        """All but the oldest of the inputs in a convolution state, `(batch_size, conv_dim, conv_kernel)`, as projected
+        inputs, `(batch_size, conv_kernel - 1, projection_size)`: gates that are shut, and no time to write in."""
+        mixer = self.layer.mixer
+        prefix = F.pad(conv[..., 1:].transpose(1, 2), (mixer.intermediate_size, 0))
+        return F.pad(prefix, (0, mixer.num_heads), value=-torch.inf)
+
+    def _last_conv_inputs(self, projected: torch.Tensor, conv: torch.Tensor | None) -> torch.Tensor:
+        """The convolution state after a segment, in memory of its own: a view would keep all that is projected."""
+        mixer = self.layer.mixer
+        last = projected[:, -mixer.conv_kernel_size :, mixer.intermediate_size : -mixer.num_heads].transpose(1, 2)
+        missing = mixer.conv_kernel_size - last.shape[-1]
+        if missing and conv is None:
+            last = F.pad(last, (missing, 0))
+        elif missing:
+            last = torch.cat([conv[..., -missing:].to(last.dtype), last], dim=-1)
+        return last.clone(memory_format=torch.contiguous_format)
