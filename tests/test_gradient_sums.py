@@ -1,0 +1,67 @@
+"""Sums of gradients: exact in float64, and in half precision without losing what is small."""
+
+import pytest
+import torch
+from torch import nn
+
+from transformers_ma2mba import gradient_sums
+from transformers_ma2mba.gradient_sums import GradientSums
+
+
+def parameters(*shapes, dtype=torch.float64):
+    return [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
+
+
+def test_sums_in_the_order_of_the_parameters():
+    first, second = parameters((3, 2), (4,))
+    sums = GradientSums([first, second])
+    shares = [torch.randn(3, 2, dtype=torch.float64) for _ in range(5)]
+    for share in shares:
+        sums.add(first, share)
+    sums.add(first, None)
+    total, nothing = sums.totals()
+    torch.testing.assert_close(total, sum(shares), rtol=1e-14, atol=0)
+    assert nothing is None
+
+
+def test_zeros_if_nothing_is_added():
+    totals = GradientSums(parameters((3, 2), (4,))).totals()
+    assert [tuple(total.shape) for total in totals] == [(3, 2), (4,)]
+    assert not any(total.any() for total in totals)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_what_was_added_stays_as_it_was(dtype):
+    """Autograd may hand out one tensor as the gradient of several things."""
+    first, second = parameters((3, 2), (3, 2), dtype=dtype)
+    sums = GradientSums([first, second])
+    shared = torch.ones(3, 2, dtype=dtype)
+    for parameter in (first, second, first):
+        sums.add(parameter, shared)
+    assert torch.equal(shared, torch.ones(3, 2, dtype=dtype))
+    assert [total[0, 0].item() for total in sums.totals()] == [2, 1]
+
+
+@pytest.mark.parametrize("at_once", [4, 2**22], ids=["in parts", "at once"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_does_not_lose_small_shares(dtype, at_once, monkeypatch):
+    monkeypatch.setattr(gradient_sums, "_NUMBERS_AT_ONCE", at_once)
+    torch.manual_seed(0)
+    (parameter,) = parameters((5, 7), dtype=dtype)
+    sums = GradientSums([parameter])
+    naive = torch.zeros(5, 7, dtype=dtype)
+    exact = torch.zeros(5, 7, dtype=torch.float64)
+    for _ in range(2000):
+        share = torch.rand(7, 5).to(dtype).T  # not contiguous, as gradients of transposed weights are
+        sums.add(parameter, share)
+        naive += share
+        exact += share
+    (total,) = sums.totals()
+    assert total.dtype == dtype
+
+    def error(tensor):
+        return ((tensor.double() - exact).abs() / exact).max().item()
+
+    half_a_unit = torch.finfo(dtype).eps / 2
+    assert error(total) < 1.1 * half_a_unit  # as if summed exactly and rounded once
+    assert error(naive) > 20 * half_a_unit

@@ -1,0 +1,50 @@
+"""Sums of parameters' gradients over many cells, without losing small shares in large sums."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+_NUMBERS_AT_ONCE = 2**22  # that are float32 on the way
+
+
+class GradientSums:
+    """The gradients of parameters, summed cell by cell.
+
+    A half-precision sum would round away what is small beside it. So it has a second number of that precision, for
+    what the first cannot hold: as much memory as float32 takes, but the first is the gradient as it is wanted.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self.sums = dict.fromkeys(parameters)
+        self.rests = {}  # of sums in half precision
+        self.borrowed = set()  # sums that are still autograd's tensor, which may be another gradient too
+
+    def add(self, parameter: nn.Parameter, gradient: torch.Tensor | None):
+        if gradient is None:
+            return
+        total = self.sums[parameter]
+        if total is None:
+            self.sums[parameter] = gradient
+            self.borrowed.add(parameter)
+            return
+        if parameter in self.borrowed:
+            self.sums[parameter] = total = total.clone(memory_format=torch.contiguous_format)
+            self.borrowed.remove(parameter)
+        if total.dtype.itemsize >= 4:
+            total += gradient
+            return
+        if parameter not in self.rests:
+            self.rests[parameter] = torch.zeros_like(total)
+        numbers = (tensor.reshape(-1).split(_NUMBERS_AT_ONCE) for tensor in (total, self.rests[parameter], gradient))
+        for part, rest, share in zip(*numbers, strict=True):
+            exact = part.float().add_(rest).add_(share)
+            part.copy_(exact)
+            rest.copy_(exact.sub_(part))
+
+    def totals(self) -> list[torch.Tensor | None]:
+        """The sums in the order of the parameters; None for one that nothing was added to."""
+        if not any(total is not None for total in self.sums.values()):
+            # Nothing that is wanted depends on them. The plain run gives zeros, and other processes wait for them.
+            return [torch.zeros_like(parameter) for parameter in self.sums]
+        return list(self.sums.values())
