@@ -2,6 +2,7 @@
 it should."""
 
 import copy
+import dataclasses
 import itertools
 import warnings
 
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_text_config
 from torch import nn
-from transformers import Cache, Mamba2Model
+from transformers import Cache, Mamba2ForCausalLM, Mamba2Model
 
 from transformers_ma2mba import checkpoint_grid
 from transformers_ma2mba.checkpoint_grid import segment_bounds
+from transformers_ma2mba.checkpoint_plan import plan_checkpoints
 from transformers_ma2mba.multi_axis_checkpointing import enable_multi_axis_checkpointing
 from transformers_ma2mba.recurrent_state import LayerState, carried_cache, read_state, write_state
 
@@ -37,10 +39,19 @@ def trunk(num_hidden_layers=LAYERS, dtype=torch.float64, seed=0, **options) -> M
     return Mamba2Model(config).to(dtype).train()
 
 
-def checkpointed(model, layer_interval, sequence_interval, order="layer-major", **options):
-    return enable_multi_axis_checkpointing(
+def checkpointed(model, layer_interval, sequence_interval, order="layer-major", state_interval=1, **options):
+    grid = enable_multi_axis_checkpointing(
         copy.deepcopy(model), layer_interval, sequence_interval, order=order, **options
     )
+    return keeping_states(grid, state_interval)
+
+
+def keeping_states(grid, state_interval):
+    """Has every how manieth border its states kept, which otherwise the planner alone decides, for a memory budget."""
+    settings = grid._multi_axis_checkpointing
+    plan = settings.plan
+    settings.plan = lambda *args, **kwargs: dataclasses.replace(plan(*args, **kwargs), state_interval=state_interval)
+    return grid
 
 
 def random_states(model, batch_size, dtype=torch.float64, requires_grad=True) -> Cache:
@@ -55,14 +66,19 @@ def random_states(model, batch_size, dtype=torch.float64, requires_grad=True) ->
     return cache
 
 
-def step(model, embeds, mask=None, with_state=False, input_gradient=True, seed=0, rows_to_keep=None):
-    """One training step whose loss weighs every output, and every number of the final state, in its own way."""
+def step(model, inputs, mask=None, with_state=False, input_gradient=True, seed=0):
+    """One training step whose loss weighs every output, and every number of the final state, in its own way.
+
+    `inputs` are embeddings or token ids.
+    """
     model.zero_grad()
-    embeds = embeds.clone().requires_grad_(input_gradient)
+    if inputs.is_floating_point():
+        inputs = inputs.clone().requires_grad_(input_gradient)
     torch.manual_seed(seed)
-    cache = random_states(model, len(embeds), embeds.dtype) if with_state else None
+    cache = random_states(model, len(inputs), next(model.parameters()).dtype) if with_state else None
     initial = [tensor for layer in cache.layers for tensor in read_state(layer)] if with_state else []
-    outputs = model(inputs_embeds=embeds, attention_mask=mask, cache_params=cache)
+    name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
+    outputs = model(**{name: inputs}, attention_mask=mask, cache_params=cache)
     output = outputs.last_hidden_state
     final = [tensor for layer in cache.layers for tensor in read_state(layer)] if with_state else []
     generator = torch.Generator().manual_seed(1)
@@ -73,7 +89,7 @@ def step(model, embeds, mask=None, with_state=False, input_gradient=True, seed=0
     loss = sum(weighted)
     if loss.requires_grad:
         loss.backward()
-    results = {"loss": loss.detach(), "output": output.detach(), "inputs": embeds.grad}
+    results = {"loss": loss.detach(), "output": output.detach(), "inputs": inputs.grad}
     results |= {f"initial state {index}": tensor.grad for index, tensor in enumerate(initial)}
     results |= {f"final state {index}": tensor.detach() for index, tensor in enumerate(final)}
     return results | {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -113,6 +129,81 @@ def test_states_enter_and_leave_with_their_gradients(length, order):
     for layer_interval, sequence_interval in [(1, 4), (2, 3), (5, 8), (9, 100)]:
         actual = step(checkpointed(model, layer_interval, sequence_interval, order), embeds, with_state=True)
         assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("state_interval", [2, 3, 7, 100])
+@pytest.mark.parametrize("with_state", [False, True], ids=["fresh", "continued"])
+def test_states_that_are_not_kept_are_made_again(with_state, state_interval, order):
+    model = trunk()
+    for length in (7, 9, 31):
+        embeds = torch.randn(2, length, WIDTH, dtype=torch.float64)
+        expected = step(model, embeds, with_state=with_state)
+        for layer_interval, sequence_interval in [(1, 2), (2, 4), (9, 3)]:
+            grid = checkpointed(model, layer_interval, sequence_interval, order, state_interval)
+            assert_same(step(grid, embeds, with_state=with_state), expected)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_embeddings_are_looked_up_in_the_grid(order, trained):
+    model = trunk()
+    model.embeddings.weight.requires_grad_(trained)
+    token_ids = torch.randint(0, 50, (2, 23))  # some come several times, in several segments
+    mask = left_padding([23, 17], 23)
+    expected = step(model, token_ids, mask)
+    for state_interval in (1, 2):
+        grid = checkpointed(model, 2, 4, order, state_interval)
+        lengths = []
+        forward = nn.functional.embedding
+
+        def look_up(ids, *args, forward=forward, lengths=lengths, **kwargs):
+            lengths.append(ids.shape[1])
+            return forward(ids, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nn.functional, "embedding", look_up)
+            assert_same(step(grid, token_ids, mask), expected)
+        assert max(lengths) == 4
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_of_token_ids_no_rows_are_kept(order):
+    model = checkpointed(trunk(residual_in_fp32=False), LAYERS, 8, order)
+    kept = list(saved_by(model(input_ids=torch.randint(0, 50, (1, 40))).last_hidden_state))
+    assert [tuple(tensor.shape) for tensor in kept if tensor.shape[:2] == (1, 40)] == [(1, 40)]
+
+
+def test_hooks_on_the_embeddings_see_them_whole():
+    """PEFT makes inputs want gradients by such a hook, and adapters add to what comes out."""
+    model = trunk()
+    model.embeddings.register_forward_hook(lambda module, inputs, output: output * 2)
+    token_ids = torch.randint(0, 50, (2, 23))
+    expected = step(model, token_ids)
+    for order in ORDERS:
+        grid = checkpointed(model, 2, 4, order)
+        shapes = []
+        grid.embeddings.register_forward_hook(lambda *args, shapes=shapes: shapes.append(args[2].shape[1]))
+        assert_same(step(grid, token_ids), expected)
+        assert shapes == [23]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_embeddings_that_are_the_head_too(order):
+    torch.manual_seed(0)
+    config = tiny_text_config(num_hidden_layers=3)
+    model = Mamba2ForCausalLM(config).double().train()
+    token_ids = torch.randint(0, 50, (2, 19))
+    gradients = []
+    for grid in (model, checkpointed(model.backbone, 2, 4, order)):
+        if grid is not model:
+            model.backbone = grid
+            model.lm_head.weight = grid.embeddings.weight
+        model.zero_grad()
+        model(input_ids=token_ids, labels=token_ids).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    expected, actual = gradients
+    assert_same(actual, expected)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -166,9 +257,11 @@ def test_drawn_at_random(data):
         draw(st.integers(1, layers + 1), "layer interval"),
         draw(st.integers(1, length + 2), "sequence interval"),
         draw(st.sampled_from(ORDERS), "order"),
+        draw(st.integers(1, 5), "state interval"),
         offload=draw(st.booleans(), "offload"),
     )
-    assert_same(step(grid, embeds, mask, **options), step(model, embeds, mask, **options))
+    inputs = torch.randint(0, 50, (batch_size, length)) if draw(st.booleans(), "token ids") else embeds
+    assert_same(step(grid, inputs, mask, **options), step(model, inputs, mask, **options))
 
 
 class KeptWhole:
@@ -190,10 +283,12 @@ def lora(model):
         return get_peft_model(model, config).to(torch.float64)
 
 
+@pytest.mark.parametrize("state_interval", [1, 2])
 @pytest.mark.parametrize("order", ORDERS)
-def test_dropout_of_adapters_draws_the_same_masks_again(order, monkeypatch):
+def test_dropout_of_adapters_draws_the_same_masks_again(order, state_interval, monkeypatch):
     embeds = torch.randn(2, 19, WIDTH, dtype=torch.float64)
     grid = enable_multi_axis_checkpointing(lora(trunk()), 2, 4, order=order)
+    keeping_states(grid.base_model.model, state_interval)
     actual = step(grid, embeds)
     monkeypatch.setattr(checkpoint_grid, "_MultiAxisCheckpoint", KeptWhole)
     assert_same(actual, step(grid, embeds))
@@ -353,6 +448,9 @@ def test_what_is_kept_pins_no_more_than_itself(order):
     state = conv_dim * config.conv_kernel + config.num_heads * config.head_dim * config.state_size
     rows = 3 if order == "layer-major" else 1
     assert sum(tensor.numel() for tensor in kept) == 2 * (rows * length * WIDTH + 4 * LAYERS * state)
+    keeping_states(model, 3)
+    kept = list(saved_by(model(inputs_embeds=embeds).last_hidden_state))
+    assert sum(tensor.numel() for tensor in kept) == 2 * (rows * length * WIDTH + 1 * LAYERS * state)
 
 
 # How often a layer runs for each segment in forward and backward together, for intervals of 1, 2 and all 5 layers.
@@ -370,8 +468,12 @@ def test_what_is_computed_again(order, case):
             runs[index] += 1
 
         layer.mixer.register_forward_pre_hook(count)
-    model(inputs_embeds=torch.randn(1, 40, WIDTH, dtype=torch.float64)).last_hidden_state.sum().backward()
+    embeds = torch.randn(1, 40, WIDTH, dtype=torch.float64)
+    model(inputs_embeds=embeds).last_hidden_state.sum().backward()
     assert runs == [5 * times for times in RUNS[order][case]]
+    keeping_states(model, 3)  # of segments 0, 1, 2 and 3, 4 all but the last once more
+    model(inputs_embeds=embeds).last_hidden_state.sum().backward()
+    assert runs == [2 * 5 * times + 3 for times in RUNS[order][case]]
 
 
 class Held:
@@ -435,7 +537,7 @@ def test_layers_that_are_no_sub_modules_of_a_model_work_too():
     model = trunk()
     layers = nn.ModuleList(model.layers)
     embeds = torch.randn(1, 12, WIDTH, dtype=torch.float64)
-    plan = checkpointed(model, 2, 4)._multi_axis_checkpointing.plan(model, embeds)
+    plan = plan_checkpoints(model.config, 12, layer_interval=2, sequence_interval=4)
     output = checkpoint_grid.run_checkpointed(list(layers), embeds, plan, final_norm=model.norm_f)
     torch.testing.assert_close(output, model(inputs_embeds=embeds).last_hidden_state, rtol=1e-12, atol=1e-12)
 

@@ -14,6 +14,7 @@ from transformers_ma2mba.checkpoint_plan import (
     CheckpointPlan,
     check_interval,
     format_memory_size,
+    indexable_tokens,
     kept_bytes_per_token,
     longest_sequence,
     paper_constants,
@@ -219,7 +220,7 @@ def test_memory_of_one_plan_grows_with_what_it_holds(large):
     assert size() < size(sequence_length=2**16) < size(sequence_length=2**17)
     assert size() < size(batch_size=2) < 2 * size()  # the sums of parameter gradients have no batch
     assert size(parameter_dtype="bfloat16") == size() < size(dtype="float32")
-    assert size(parameter_dtype="float32") < size()  # the sum of a float32 parameter's gradients is its gradient
+    assert size(parameter_dtype="float32") == size()  # what the sum has beside it is as large as its larger share
 
 
 def test_offloading_moves_checkpoints_to_the_host(large):
@@ -232,8 +233,9 @@ def test_offloading_moves_checkpoints_to_the_host(large):
         assert there.host_bytes >= there.hidden_border_bytes + there.state_border_bytes > 0
 
 
-def test_offloaded_sequence_major_does_not_grow_with_the_sequence(large):
-    options = dict(order="sequence-major", layer_interval=8, sequence_interval=1024, offload=True)
+@pytest.mark.parametrize("order", ["layer-major", "sequence-major"])
+def test_offloaded_plans_do_not_grow_with_the_sequence(large, order):
+    options = dict(order=order, layer_interval=8, sequence_interval=1024, offload=True)
     assert len({plan_checkpoints(large, 2**power, **options).device_bytes for power in range(12, 23)}) == 1
 
 
@@ -244,6 +246,7 @@ def _all_plans(config, length, offload):
             for tokens in {*range(chunk, length, chunk), length}:
                 options = dict(order=order, layer_interval=layers, sequence_interval=tokens, offload=offload)
                 yield plan_checkpoints(config, length, dtype="float32", **options)
+                yield plan_checkpoints(config, length, "minimal", dtype="float32", **options)
 
 
 @pytest.mark.parametrize("length", [5, 8, 65, 173])
@@ -260,7 +263,10 @@ def test_a_budget_gets_the_fastest_plan_that_fits(length, offload):
     for budget in {sizes[0], sizes[len(sizes) // 4], sizes[len(sizes) // 2], sizes[-1]}:
         plan = plan_checkpoints(config, length, budget, dtype="float32", offload=offload)
         assert plan.device_bytes <= budget
-        assert slowness(plan) == min(slowness(other) for other in plans if other.device_bytes <= budget)
+        fitting = [other for other in plans if other.device_bytes <= budget]
+        fitting = [other for other in fitting if other.extra_compute == min(plan.extra_compute for plan in fitting)]
+        least = min(other.host_bytes for other in fitting)
+        assert slowness(plan) == min(slowness(other) for other in fitting if other.host_bytes <= 1.25 * least)
     with pytest.raises(ValueError, match="No plan"):
         plan_checkpoints(config, length, sizes[0] - 1, dtype="float32", offload=offload)
 
@@ -287,22 +293,86 @@ def test_the_minimal_budget_gets_the_smallest_plan(large):
 
 def test_error_says_what_is_needed_and_what_helps(large):
     with pytest.raises(ValueError) as error:
-        plan_checkpoints(large, 2**18, "18GiB")
+        plan_checkpoints(large, 2**18, "12GiB")
     needed = smallest_plan(large, 2**18).device_bytes
-    length = longest_sequence(large, "18GiB")
+    length = longest_sequence(large, "12GiB")
     message = str(error.value)
-    assert f"fits a memory budget of 18.0 GiB: the smallest needs {format_memory_size(needed)}." in message
+    assert f"fits a memory budget of 12.0 GiB: the smallest needs {format_memory_size(needed)}." in message
     assert re.search(r"offload=True would fit, with 1\d\.\d GiB and [\d.]+ GiB of host memory\.", message)
     assert message.endswith(f"Up to {length:,} tokens fit with these settings.")
-    assert plan_checkpoints(large, length, "18GiB").device_bytes <= 18 * GiB
-    assert plan_checkpoints(large, 2**18, "18GiB", offload=True).device_bytes <= 18 * GiB
+    assert plan_checkpoints(large, length, "12GiB").device_bytes <= 12 * GiB
+    assert plan_checkpoints(large, 2**18, "12GiB", offload=True).device_bytes <= 12 * GiB
     with pytest.raises(ValueError):
-        plan_checkpoints(large, length + 256, "18GiB")
+        plan_checkpoints(large, length + 256, "12GiB")
 
     with pytest.raises(ValueError, match=r"offload=True would still need .* No shorter sequence fits either\.$"):
         plan_checkpoints(large, 2**18, "100MiB")
     with pytest.raises(ValueError, match=r'Intervals and order left at "auto" would fit, with '):
         plan_checkpoints(large, 2**14, "20GiB", layer_interval=64, sequence_interval=2**14)
+
+
+def test_states_are_kept_at_fewer_borders_if_memory_is_scarce(large):
+    options = dict(order="layer-major", layer_interval=8, sequence_interval=1024)
+    every = plan_checkpoints(large, 2**17, **options)
+    few = plan_checkpoints(large, 2**17, "minimal", **options)
+    assert (every.state_interval, few.state_interval) == (1, 12)  # of 127 borders
+    assert few.state_border_bytes * 127 == every.state_border_bytes * 10
+    assert few.device_bytes < every.device_bytes
+    assert few.extra_compute == every.extra_compute + 1 / 3
+    assert "every 12 segments" in str(few) and "segments" not in str(every)
+    assert plan_checkpoints(large, 2**17, "minimal", offload=True, **options).state_interval == 1
+    assert plan_checkpoints(large, 2**11, "minimal", **options).state_interval == 1  # a single border
+
+
+def test_of_token_ids_nothing_but_the_ids_is_kept(large):
+    options = dict(order="sequence-major", layer_interval=8, sequence_interval=1024)
+    rows, ids = (plan_checkpoints(large, 2**17, from_ids=from_ids, **options) for from_ids in (False, True))
+    assert rows.hidden_border_bytes == 2**17 * 2560 * 2
+    assert ids.hidden_border_bytes == 2**17 * 8
+    table = large.text_config.vocab_size * 2560
+    # The gradient of the embeddings as it comes from a cell, and what its sum has beside it.
+    assert ids.accumulator_bytes - rows.accumulator_bytes == table * (2 + 2)
+
+
+def test_fused_kernels_keep_little_more_than_the_paper_counts(large):
+    fused, plain = (kept_bytes_per_token(large, fused=fused) for fused in (True, False))
+    assert 2 * paper_constants(large).C_grid < fused < 1.4 * 2 * paper_constants(large).C_grid < plain / 3
+    assert smallest_plan(large, 2**17, fused=True).device_bytes < smallest_plan(large, 2**17).device_bytes
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("preset", ["0.7b", "1.8b", "3.1b"])
+def test_no_piece_is_longer_than_kernels_can_index(preset, batch_size):
+    config = Ma2mbaConfig.from_preset(preset)
+    text = config.text_config
+    widest = 2 * text.expand * text.hidden_size + 2 * text.n_groups * text.state_size + text.num_heads  # of in_proj
+    for length in (2**17, 2**20, 2**22):
+        for offload, fused in itertools.product((False, True), repeat=2):
+            options = dict(batch_size=batch_size, offload=offload, fused=fused)
+            for given in ({}, {"sequence_interval": length, "layer_interval": 1}, {"memory_budget": "900TiB"}):
+                plan = plan_checkpoints(config, length, **given, **options)
+                tokens = plan.sequence_interval + text.conv_kernel  # with the convolution's tail, and a lone token
+                assert batch_size * tokens * widest < 2**31
+    assert batch_size * (indexable_tokens(config, batch_size) + 2 * text.chunk_size) * widest > 0.98 * 2**31
+
+
+def test_a_piece_for_the_27b_is_shorter_than_what_crashed(large):
+    """mamba-ssm's kernels were seen to fail past about 203,000, 252,000 and 490,000 tokens."""
+    assert 150_000 < indexable_tokens(large, 1) < 203_000
+    assert indexable_tokens(Ma2mbaConfig.from_preset("1.8b"), 1) < 252_000
+    assert indexable_tokens(Ma2mbaConfig.from_preset("0.7b"), 1) < 490_000
+
+
+def test_plans_of_the_27b_at_half_a_million_tokens(large):
+    """What the plans promise with fused kernels; whether they keep it is for a GPU to show (`benchmarks/gpu.sh`)."""
+    options = dict(fused=True, from_ids=True)
+    assert plan_checkpoints(large, 2**19, "14GB", **options).device_bytes <= 14e9
+    offloaded = plan_checkpoints(large, 2**19, "3GB", offload=True, **options)
+    assert offloaded.device_bytes <= 3e9
+    assert offloaded.host_bytes < 120e9
+    assert offloaded.extra_compute == pytest.approx(1 / 3)
+    longest = plan_checkpoints(large, 2**22, "60GB", offload=True, **options)
+    assert longest.host_bytes < 100e9
 
 
 def test_longest_sequence(large):

@@ -245,10 +245,18 @@ def test_a_film_cut_off_in_the_middle_is_answered_about(ask, capsys, tmp_path, c
 
 
 def test_plan_says_what_offloading_would_take(capsys):
-    arguments = ["plan", "--preset", "3.1b", "--seconds", "7200", "--memory_budget", "80GiB"]
+    arguments = ["plan", "--preset", "3.1b", "--seconds", "7200", "--memory_budget", "45GiB"]
     assert main(arguments) == 0
     (said,) = re.findall(r"With --offload it would take ([\d.]+) GiB at least", capsys.readouterr().out)
     assert main([*arguments, "--offload", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert "bytes_with_offload" not in report
-    assert report["fits"] == (float(said) <= 80)
+    assert report["fits"] == (float(said) <= 45)
+
+
+def test_plan_with_fused_kernels_takes_less(capsys):
+    def planned(*arguments):
+        assert main(["plan", "--preset", "3.1b", "--tokens", "524288", *arguments, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["plan"]
+
+    assert sum(planned("--fused")[part] for part in ("cell_bytes", "segment_bytes")) < planned()["cell_bytes"]

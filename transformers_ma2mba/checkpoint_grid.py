@@ -15,7 +15,8 @@ gradients on through both borders. They are those of the plain run.
 
 Two orders. Layer-major walks one row of the grid after another and keeps the hidden states below each row, as the
 paper does. Sequence-major walks column by column and keeps hidden states below the lowest row only; if the cells are
-not as tall as the stack, backward runs each column once more to find those between.
+not as tall as the stack, backward runs each column once more to find those between. In either, a plan may keep only
+every few borders' recurrent states: backward then runs the segments between once more, too.
 
 Shape suffixes: B batch, T tokens, D width.
 """
@@ -31,8 +32,10 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import Cache
 
 from .checkpoint_plan import CheckpointPlan
+from .gradient_sums import GradientSums
+from .host_copies import HostCopies, Pieces
 from .recurrent_state import LayerState, carried_cache, own, read_state, write_state
-from .sharded_modules import call_through_hooks, is_sharded
+from .sharded_modules import call_through_hooks, plain_forward
 
 
 def segment_bounds(sequence_length: int, sequence_interval: int) -> list[tuple[int, int]]:
@@ -44,86 +47,36 @@ def segment_bounds(sequence_length: int, sequence_interval: int) -> list[tuple[i
     return list(itertools.pairwise([*starts, sequence_length]))
 
 
-class _Borders:
-    """Where the borders of a walk wait for backward: on its device, or in pinned host memory, copied on a stream of
-    their own while the device computes. Host memory is where tensors of the CPU are anyway.
+class _StateBorders:
+    """The states that enter every `interval`-th segment, waiting for backward.
 
-    The states of all segments share two tensors, so that allocators are not left with what lives long between what
-    lives short.
+    They share two tensors, so that allocators are not left with what lives long between what lives short.
     """
 
-    def __init__(self, device: torch.device, offload: bool, num_segments: int):
-        self.device = device
-        self.offload = offload and device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if self.offload else None
-        self.num_segments = num_segments
-        self.rows: list[torch.Tensor] = []  # if offloaded: `(batch_size, tokens, width)` of each segment
-        self.states: list[torch.Tensor] = []  # conv and recurrent, `(num_segments - 1, num_layers, batch_size, ...)`
-        self.copies = []
+    def __init__(self, copies: HostCopies, num_segments: int, interval: int):
+        self.copies = copies
+        self.interval = interval
+        self.num_borders = (num_segments - 1) // interval  # the first segment's states are no border
+        # Convolutional and recurrent, `(num_borders, num_layers, batch_size, ...)`. After the forward pass autograd
+        # has them; an empty list gives them up.
+        self.tensors: list[torch.Tensor] = []
 
-    def tensors(self) -> list[torch.Tensor]:
-        """All that is kept, and all that `from_tensors` needs."""
-        return [*self.states, *self.rows]
-
-    def from_tensors(self, tensors):
-        """Takes back the tensors that autograd has had in its care; an empty list gives them up."""
-        num_states = 2 if self.num_segments > 1 and tensors else 0
-        self.states, self.rows = tensors[:num_states], tensors[num_states:]
-
-    def keep(self, segment: int, rows: torch.Tensor | None, states: list[LayerState]):
-        """Keeps what enters a segment: its rows if they are given, and its states but for the first segment."""
-        with self._copying():
-            if rows is not None:
-                self.rows.append(self._new(rows.shape, rows.dtype).copy_(rows, non_blocking=True))
-                self._used(rows)
-            if segment > 0:
-                for kind, tensors in enumerate(zip(*states, strict=True)):
-                    if segment == 1:
-                        shape = (self.num_segments - 1, len(states), *tensors[0].shape)
-                        self.states.append(self._new(shape, tensors[0].dtype))
-                    for layer, tensor in enumerate(tensors):
-                        self.states[kind][segment - 1, layer].copy_(tensor, non_blocking=True)
-                        self._used(tensor)
-        if self.offload:
-            # The device may run ahead of the copies by one segment and no further, since what is being copied stays.
-            self.copies.append(self.stream.record_event())
-            if len(self.copies) > 1:
-                self.copies.pop(0).synchronize()
-
-    def fetch(self, segment: int) -> Callable[[], tuple[torch.Tensor | None, list[LayerState]]]:
-        """Starts to bring a segment's borders back to the device; what it returns waits for them."""
-        with self._copying(wait=False):
-            rows = self.rows[segment].to(self.device, non_blocking=True) if self.rows else None
-            kinds = [kept[segment - 1].to(self.device, non_blocking=True) for kept in self.states if segment > 0]
-        event = self.stream.record_event() if self.offload else None
-
-        def wait():
-            if event is not None:
-                current = torch.cuda.current_stream(self.device)
-                current.wait_event(event)
-                for tensor in (*kinds, *([rows] if rows is not None else [])):
-                    tensor.record_stream(current)
-            return rows, [LayerState(*state) for state in zip(*kinds, strict=True)]
-
-        return wait
-
-    def _new(self, shape, dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="cpu" if self.offload else self.device, pin_memory=self.offload)
-
-    @contextmanager
-    def _copying(self, wait=True):
-        """On the stream for copies, if there is one, once what is to be copied has been computed."""
-        if not self.offload:
-            yield
+    def keep(self, segment: int, states: list[LayerState]):
+        """Keeps what enters a segment, if it is one of those."""
+        border, between = divmod(segment, self.interval)
+        if border == 0 or between:
             return
-        if wait:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            yield
+        for kind, tensors in enumerate(zip(*states, strict=True)):
+            if border == 1:
+                shape = (self.num_borders, len(states), *tensors[0].shape)
+                self.tensors.append(self.copies.empty(shape, tensors[0].dtype))
+            for layer, tensor in enumerate(tensors):
+                self.copies.store(self.tensors[kind][border - 1, layer], tensor)
 
-    def _used(self, tensor):
-        if self.offload and tensor.is_cuda:
-            tensor.record_stream(self.stream)
+    def fetch(self, segment: int) -> Callable[[], list[LayerState]]:
+        """Begins to bring the states that enter a segment, which must be one of those, to the device."""
+        kinds = [self.copies.fetch(kept[segment // self.interval - 1]) for kept in self.tensors]
+        return lambda: [LayerState(*state) for state in zip(*(wait() for wait in kinds), strict=True)]
 
 
 class _RandomState:
@@ -177,8 +130,10 @@ class _Walk:
     first: int  # index of the lowest layer in the model, and so in its cache
     groups: list[range]  # cells, from the lowest, as indices into `layers`
     segments: list[tuple[int, int]]
-    device: torch.device
-    offload: bool
+    state_interval: int  # segments from one that has its states kept to the next
+    copies: HostCopies
+    output_waits: bool = False  # for another walk, and so where checkpoints wait
+    embedding: nn.Module | None = None
     final_norm: nn.Module | None = None
     attention_mask: torch.Tensor | None = None
     rows_to_keep: torch.Tensor | None = None
@@ -186,11 +141,14 @@ class _Walk:
     layer_kwargs: dict = field(default_factory=dict)
 
     def __post_init__(self):
+        self.device = self.copies.device
         self.cache = carried_cache(self.first + len(self.layers))
         self.parameters = [
             [parameter for layer in self.layers[group.start : group.stop] for parameter in layer.parameters()]
             for group in self.groups
         ]
+        if self.embedding is not None:
+            self.parameters[0] += self.embedding.parameters()
         if self.final_norm is not None:
             self.parameters[-1] += self.final_norm.parameters()
         # A parameter of several layers has its place in each of their groups, and in the list of all of them once.
@@ -208,13 +166,15 @@ class _Walk:
             ]
         self.kept_rows = None
         if self.rows_to_keep is not None:
-            # Where each row goes in the output: the number of kept rows before it, sample by sample.
-            keep = self.rows_to_keep.to(self.device)
-            places = keep.flatten().cumsum(0).sub(1).view_as(keep)
-            self.num_rows = int(keep.sum())
-            self.kept_rows = [
-                (keep[:, start:stop], places[:, start:stop][keep[:, start:stop]]) for start, stop in self.segments
-            ]
+            # Where each row goes in the output, and where in its segment it comes from. Found on the CPU: a device
+            # would have to be waited for at every segment.
+            samples, tokens = self.rows_to_keep.cpu().nonzero(as_tuple=True)
+            self.num_rows = len(samples)
+            self.kept_rows = []
+            for start, stop in self.segments:
+                (places,) = ((tokens >= start) & (tokens < stop)).nonzero(as_tuple=True)
+                chosen = (places, samples[places], tokens[places] - start)
+                self.kept_rows.append([index.to(self.device, non_blocking=True) for index in chosen])
         self.autocast = {
             kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in {self.device.type, "cpu"}
@@ -234,6 +194,8 @@ class _Walk:
         """One cell, from its borders to the opposite ones."""
         for index, state in zip(group, states, strict=True):
             write_state(self.cache.layers[self.first + index], state)
+        if group.start == 0 and self.embedding is not None:
+            hidden_states_BTD = self.embedding(hidden_states_BTD)
         for index in group:
             hidden_states_BTD = self.forwards[index](
                 hidden_states_BTD,
@@ -251,34 +213,42 @@ class _Walk:
     def finish(self, segment: int, hidden_states_BTD):
         """What a segment gives after the last layer of the walk: the wanted rows, normed if that layer is the last."""
         if self.kept_rows is not None:
-            hidden_states_BTD = hidden_states_BTD[self.kept_rows[segment][0]]
+            _, samples, tokens = self.kept_rows[segment]
+            hidden_states_BTD = hidden_states_BTD[samples, tokens]
         if self.final_norm is not None:
             hidden_states_BTD = self.forwards[-1](hidden_states_BTD)
         return hidden_states_BTD
 
-    def run(self, hidden_states_BTD, states: list[LayerState], each_segment=None):
+    def run(self, hidden_states, states: list[LayerState], each_segment=None):
         """The whole walk, one segment after the other; returns the output and the final states.
 
-        `each_segment(index, rows, states)` is called before each segment with what enters it.
+        `each_segment(index, states)` is called before each segment with the states that enter it.
         """
         everything = range(len(self.layers))
-        batch_size, sequence_length, _ = hidden_states_BTD.shape
+        pieces = Pieces(hidden_states, self.segments, self.copies)
         output = None
         for segment, (start, stop) in enumerate(self.segments):
-            rows = hidden_states_BTD[:, start:stop].to(self.device)
+            rows = pieces.take(segment, segment + 1)
             if each_segment is not None:
-                each_segment(segment, rows, states)
+                each_segment(segment, states)
             rows, states = self.run_cell(everything, segment, rows, states)
             rows = self.finish(segment, rows)
+            if output is None:
+                output = self._output(hidden_states.shape[:2], rows)
             if self.kept_rows is None:
-                if output is None:
-                    output = rows.new_empty(batch_size, sequence_length, rows.shape[-1])
-                output[:, start:stop] = rows
+                self.copies.store(output[:, start:stop], rows)
             else:
-                if output is None:
-                    output = rows.new_empty(self.num_rows, rows.shape[-1])
-                output[self.kept_rows[segment][1]] = rows
+                output[self.kept_rows[segment][0]] = rows
+            self.copies.end_segment()
+        self.copies.finish()
         return output, states
+
+    def _output(self, shape, rows):
+        if self.kept_rows is not None:
+            return rows.new_empty(self.num_rows, rows.shape[-1])
+        if self.output_waits:
+            return self.copies.empty((*shape, rows.shape[-1]), rows.dtype)
+        return rows.new_empty(*shape, rows.shape[-1])
 
 
 class _MultiAxisCheckpoint(torch.autograd.Function):
@@ -286,27 +256,22 @@ class _MultiAxisCheckpoint(torch.autograd.Function):
     cells, so that hooks on them (DDP, ZeRO, FSDP) see each exactly once."""
 
     @staticmethod
-    def forward(ctx, walk: _Walk, hidden_states_BTD, *tensors):
+    def forward(ctx, walk: _Walk, hidden_states, *tensors):
         initial, has_state = _split_states(walk, tensors)
-        borders = _Borders(walk.device, walk.offload, len(walk.segments))
-        # Rows that are in host memory already need not be brought there.
-        moves_rows = borders.offload and hidden_states_BTD.device.type != "cpu"
+        borders = _StateBorders(walk.copies, len(walk.segments), walk.state_interval)
         random_states = []
 
-        def keep(segment, rows, states):
+        def keep(segment, states):
             random_states.append(walk.random.record())
-            borders.keep(segment, rows if moves_rows else None, states)
+            borders.keep(segment, states)
 
         with walk.as_in_forward():
-            output, final = walk.run(hidden_states_BTD, initial, keep)
+            output, final = walk.run(hidden_states, initial, keep)
 
         ctx.walk, ctx.borders, ctx.random_states = walk, borders, random_states
         ctx.num_initial = 2 * len(initial) if has_state else 0
-        ctx.rows_like = hidden_states_BTD.new_empty(0), hidden_states_BTD.shape
-        inputs = [*tensors[: ctx.num_initial], *([] if moves_rows else [hidden_states_BTD])]
-        ctx.num_inputs = len(inputs)
-        ctx.save_for_backward(*inputs, *borders.tensors())
-        borders.from_tensors([])  # autograd has them
+        ctx.save_for_backward(*tensors[: ctx.num_initial], hidden_states, *borders.tensors)
+        borders.tensors = []
         ctx.set_materialize_grads(False)
         return output, *(own(tensor) for state in final for tensor in state if walk.final_state)
 
@@ -317,66 +282,71 @@ class _MultiAxisCheckpoint(torch.autograd.Function):
                 "Multi-axis gradient checkpointing gives first derivatives only: call backward() without "
                 "create_graph=True, or disable gradient checkpointing."
             )
-        walk, borders = ctx.walk, ctx.borders
-        inputs, kept = ctx.saved_tensors[: ctx.num_inputs], ctx.saved_tensors[ctx.num_inputs :]
-        borders.from_tensors(kept)
-        initial = inputs[: ctx.num_initial]
+        walk, copies = ctx.walk, ctx.walk.copies
+        hidden_states = ctx.saved_tensors[ctx.num_initial]
         wants_rows = ctx.needs_input_grad[1]
-        empty, shape = ctx.rows_like
-        grad_rows = empty.new_empty(shape) if wants_rows else None
-        sums = _GradientSums(walk.all_parameters)
+        grad_rows = None
+        if wants_rows:
+            # Where the rows themselves are: on the host, if they have been waiting there.
+            on_host = copies.active and not hidden_states.is_cuda
+            make = copies.empty if on_host else hidden_states.new_empty
+            grad_rows = make(hidden_states.shape, dtype=hidden_states.dtype)
+        pieces = None
+        if grad_output is not None and walk.kept_rows is None:
+            pieces = Pieces(grad_output, walk.segments, copies)
+        sums = GradientSums(walk.all_parameters)
         grad_states = list(grad_final) or [None] * (2 * len(walk.layers))
 
         with walk.random.untouched():
-            upcoming = borders.fetch(len(walk.segments) - 1)
-            for segment in reversed(range(len(walk.segments))):
-                start, stop = walk.segments[segment]
-                rows, states = upcoming()
-                if segment > 0:
-                    upcoming = borders.fetch(segment - 1)  # while this segment is computed
+            for segment, rows, states in _segments_backwards(ctx):
+                if pieces is not None:
+                    grad = pieces.take(segment, segment - 1)
                 else:
-                    states = [LayerState(*pair) for pair in zip(initial[::2], initial[1::2], strict=True)]
-                if rows is None:
-                    rows = inputs[-1][:, start:stop].to(walk.device)
-                grad = _rows_of_segment(walk, segment, grad_output)
+                    grad = _gradient_of_kept_rows(walk, segment, grad_output)
                 random_state = ctx.random_states[segment]
                 grad, grad_states = _restore_segment(
                     walk, segment, rows, states, random_state, grad, grad_states, sums, wants_rows
                 )
                 if wants_rows:
-                    grad_rows[:, start:stop] = 0 if grad is None else grad
-        borders.from_tensors([])
+                    start, stop = walk.segments[segment]
+                    if grad is None:
+                        grad = rows.new_zeros(rows.shape)
+                    copies.store(grad_rows[:, start:stop], grad.to(grad_rows.dtype))
+                copies.end_segment()
+        copies.finish()
         return None, grad_rows, *grad_states[: ctx.num_initial], *sums.totals()
 
 
-class _GradientSums:
-    """Gradients of parameters, summed over cells. Half precision would lose small shares in a large sum, so that is
-    kept in float32."""
+def _segments_backwards(ctx):
+    """Each segment from the last to the first, its rows, and the states that enter it."""
+    walk, borders = ctx.walk, ctx.borders
+    initial, (hidden_states, *borders.tensors) = (
+        ctx.saved_tensors[: ctx.num_initial],
+        ctx.saved_tensors[ctx.num_initial :],
+    )
+    first = [LayerState(*pair) for pair in zip(initial[::2], initial[1::2], strict=True)]
+    first = first or [LayerState()] * len(walk.layers)
 
-    def __init__(self, parameters):
-        self.sums = dict.fromkeys(parameters)
-        self.borrowed = set()  # sums that are still autograd's tensor, which may be another gradient too
+    def fetch_states(segment):
+        return borders.fetch(segment) if segment > 0 else lambda: first
 
-    def add(self, parameter, gradient):
-        if gradient is None:
-            return
-        total = self.sums[parameter]
-        if total is None:
-            total = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-            if total is gradient:
-                self.borrowed.add(parameter)
-        elif parameter in self.borrowed:
-            total = total + gradient
-            self.borrowed.remove(parameter)
-        else:
-            total += gradient
-        self.sums[parameter] = total
-
-    def totals(self):
-        if not any(total is not None for total in self.sums.values()):
-            # Nothing that is wanted depends on the walk. The plain run gives zeros, and other processes wait for them.
-            return [torch.zeros_like(parameter) for parameter in self.sums]
-        return [None if total is None else total.to(parameter.dtype) for parameter, total in self.sums.items()]
+    pieces = Pieces(hidden_states, walk.segments, walk.copies)
+    starts = range(0, len(walk.segments), borders.interval)
+    upcoming = fetch_states(starts[-1])
+    for start in reversed(starts):
+        states = [upcoming()]
+        if start > 0:
+            upcoming = fetch_states(start - borders.interval)  # while these segments are computed
+        last = min(start + borders.interval, len(walk.segments)) - 1
+        for segment in range(start, last):
+            walk.random.restore(ctx.random_states[segment])
+            with torch.no_grad(), walk.as_in_forward():
+                rows = pieces.take(segment, segment + 1)
+                _, following = walk.run_cell(range(len(walk.layers)), segment, rows, states[-1])
+            states.append([LayerState(*map(own, state)) for state in following])
+        for segment in reversed(range(start, last + 1)):
+            yield segment, pieces.take(segment, segment - 1), states.pop()
+    borders.tensors = []
 
 
 def _split_states(walk: _Walk, tensors) -> tuple[list[LayerState], bool]:
@@ -387,14 +357,9 @@ def _split_states(walk: _Walk, tensors) -> tuple[list[LayerState], bool]:
     return [LayerState(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)], True
 
 
-def _rows_of_segment(walk: _Walk, segment: int, grad_output):
-    """The gradient of what a segment gave to the output; None where there is none."""
-    if grad_output is None:
-        return None
-    if walk.kept_rows is None:
-        start, stop = walk.segments[segment]
-        return grad_output[:, start:stop]
-    places = walk.kept_rows[segment][1]
+def _gradient_of_kept_rows(walk: _Walk, segment: int, grad_output):
+    """The gradient of the rows that a segment gave to the output; None where there are none."""
+    places = walk.kept_rows[segment][0] if grad_output is not None else ()
     return grad_output[places] if len(places) else None
 
 
@@ -406,7 +371,6 @@ def _restore_segment(walk, segment, rows, states, random_state, grad, grad_state
     """
     if grad is None and all(gradient is None for gradient in grad_states):
         return None, grad_states  # nothing that is wanted depends on this segment
-    states = states or [LayerState()] * len(walk.layers)
     walk.random.restore(random_state)
     borders = [(rows, random_state)]
     with torch.no_grad(), walk.as_in_forward():
@@ -462,6 +426,8 @@ def run_checkpointed(
     hidden_states: torch.Tensor,
     plan: CheckpointPlan,
     *,
+    forwards: list[Callable] | None = None,
+    embedding: nn.Module | None = None,
     attention_mask: torch.Tensor | None = None,
     cache_params: Cache | None = None,
     final_norm: nn.Module | None = None,
@@ -472,7 +438,10 @@ def run_checkpointed(
 
     Args:
         layers: the whole stack, called as `layer(hidden_states, cache_params=, attention_mask=)`.
-        hidden_states: `(batch_size, sequence_length, hidden_size)`.
+        hidden_states: `(batch_size, sequence_length, hidden_size)`, or with `embedding` what that takes.
+        forwards: what to call in place of each layer, of which it uses the parameters.
+        embedding: makes the lowest layer's rows of `(batch_size, sequence_length)` token ids, a segment at a time: no
+            more than the ids is kept of them. For layers that are not sharded.
         attention_mask: `(batch_size, sequence_length)`, 0 for padding, or None.
         cache_params: the state that the sequence continues, differentiable if it requires gradients, and that the
             final state replaces; None for neither.
@@ -485,7 +454,7 @@ def run_checkpointed(
     Raises:
         ValueError: if a single token is to continue a state.
     """
-    _, sequence_length, _ = hidden_states.shape
+    sequence_length = hidden_states.shape[1]
     states = [LayerState()] * len(layers)
     if cache_params is not None:
         states = [read_state(layer) for layer in cache_params.layers]
@@ -496,29 +465,31 @@ def run_checkpointed(
             )
     layer_groups = list(_intervals(len(layers), plan.layer_interval))
     walks = layer_groups if plan.order == "layer-major" else [range(len(layers))]
-    device = hidden_states.device
-    if plan.offload:
-        device = next(layers[0].parameters()).device
-        if plan.order == "sequence-major":
-            # The embeddings wait in host memory, and so does their gradient: a walk needs a segment at a time.
-            hidden_states = hidden_states.cpu()
+    # Bound now: while the hooks of a sharded module run, its `forward` is the whole walk.
+    forwards = [plain_forward(layer) for layer in layers] if forwards is None else forwards
+    if final_norm is not None:
+        forwards = [*forwards, plain_forward(final_norm)]
+    device = next(layers[0].parameters()).device if plan.offload else hidden_states.device
+    copies = HostCopies(device, plan.offload)
+    if embedding is None:
+        hidden_states = copies.to_host(hidden_states)
     for group in walks:
         last = group.stop == len(layers)
         chosen = layers[group.start : group.stop]
-        # Where a module is sharded, its hooks run around the whole walk and not around each cell.
         modules = [*chosen, final_norm] if last and final_norm is not None else chosen
-        forwards = [module.forward if is_sharded(module) else module for module in modules]
 
-        def run(hidden_states, *states, group=group, chosen=chosen, forwards=forwards, last=last):
+        def run(hidden_states, *states, group=group, chosen=chosen, last=last):
             # Built here, inside the hooks: only now do sharded modules have their whole parameters.
             walk = _Walk(
                 chosen,
-                forwards,
+                [*forwards[group.start : group.stop], *forwards[len(layers) :]],
                 group.start,
                 list(_intervals(len(chosen), plan.layer_interval)),
                 segment_bounds(sequence_length, plan.sequence_interval),
-                device,
-                plan.offload,
+                plan.state_interval,
+                copies,
+                output_waits=not last,
+                embedding=embedding if group.start == 0 else None,
                 final_norm=final_norm if last else None,
                 attention_mask=attention_mask,
                 rows_to_keep=rows_to_keep if last else None,

@@ -8,6 +8,9 @@ tokens, and restores one cell at a time in backward. Two orders of walking the g
 - sequence-major: one segment after the other, each through all layers. Kept are the embeddings and the states. It
   costs one more forward pass, and a second unless a cell is as tall as the stack: the rows between cells come first.
 
+In either, states may be kept at every k-th border only. Backward then runs k segments at a time once more for the
+states between: one more forward pass, and of n borders no more than about 2 sqrt(n) have their states at a time.
+
 Symbols: S sequence length, B batch size, L layers, D width, E inner width, H heads, P head dimension, N state size;
 l layers and s tokens of a cell; G groups of layers, n segments; e bytes of an element, r bytes of an element of a row.
 """
@@ -24,10 +27,12 @@ import torch
 ORDERS = ("layer-major", "sequence-major")
 _MIN_SEGMENT = 256  # tokens; with smaller cells a step's time goes into starting kernels
 _ALMOST_SMALLEST = 1.05  # among plans this close in memory, fewer cells are worth more than the rest
+_ALMOST_LEAST_ON_HOST = 1.25  # host memory has an end too, so of equally fast plans none takes much more than another
 _HOST_SHARE = 4  # with offloading and no budget, host memory counts as this many times cheaper than the device's
 _SCAN_SPAN = 512  # tokens between the states that the lean scan keeps; twice that on a GPU
 _SCAN_TILE = 128  # tokens; of the scan's working memory, on a GPU
 _LONGEST = 2**30  # tokens, 86 days of film; beyond it no limit is searched for
+_INDEXABLE = 2**31  # numbers of a tensor that kernels with 32-bit offsets can tell apart
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -126,7 +131,22 @@ def paper_memory(config, sequence_length: int, layer_interval: int, sequence_int
     )
 
 
-def kept_bytes_per_token(config, dtype: torch.dtype | str = torch.bfloat16) -> int:
+def indexable_tokens(config, batch_size: int) -> int:
+    """How long a piece of a sequence may be for kernels with 32-bit offsets: rows times row stride stay below 2^31.
+
+    mamba-ssm's are such kernels: given more, they fail or return wrong numbers. Its largest tensors are `in_proj`'s
+    output and those of each chunk, states and products of B and C. At batch size 1 that is about 203,000 tokens for
+    the 2.7B.
+    """
+    shape = _Shape.of(config)
+    per_chunk = max(shape.recurrent, shape.n_groups * shape.chunk_size**2)
+    row = max(shape.projected, math.ceil(per_chunk / shape.chunk_size))
+    # What a piece may have beyond a whole number of chunks: the convolution's tail, and a last lone token.
+    tokens = (_INDEXABLE - 1) // (batch_size * row) - shape.chunk_size - shape.conv_kernel
+    return max(tokens - tokens % shape.chunk_size, 2)
+
+
+def kept_bytes_per_token(config, dtype: torch.dtype | str = torch.bfloat16, fused: bool = False) -> int:
     """Bytes that autograd keeps of one token in one stock `Mamba2Block`, run by plain PyTorch with the lean scan.
 
     Read off transformers' `modeling_mamba2.py`, in the order of its operations, and held to it by a test:
@@ -139,11 +159,15 @@ def kept_bytes_per_token(config, dtype: torch.dtype | str = torch.bfloat16) -> i
     - the gated norm: the scan's output, the gate (a copy unless it is float32 already), SiLU of it and the product,
       all in float32, a scale for each group; the normalised product in the scan's type, and `out_proj`'s input.
 
-    The residual adds nothing: a sum keeps neither of its terms. It is several times the paper's C_grid, which counts
-    what the fused CUDA kernels keep.
+    The residual adds nothing: a sum keeps neither of its terms. It is several times the paper's C_grid.
+
+    With `fused`, mamba-ssm's kernels run the block (`fused_layer.py`), and keep what C_grid counts, `in_proj`'s output
+    and the scan's; the norm's input and output, and a float32 scale for each norm, come on top.
     """
     shape, dtype = _Shape.of(config), _floating_dtype("dtype", dtype)
     e, wide = dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
+    if fused:
+        return e * (2 * shape.width + shape.projected + shape.inner) + 4 * (1 + shape.n_groups)
     norm = shape.width * (4 + 2 * e) + 4
     convolution = 3 * e * shape.conv_dim
     scan = 3 * wide * shape.num_heads + wide * shape.recurrent // _SCAN_SPAN
@@ -156,6 +180,14 @@ def _working_bytes_per_token(shape: "_Shape") -> int:
     """Bytes of one token that pass through one layer and are not kept: float32 gradients of the gated norm's terms, of
     x, B, C and the time step."""
     return 4 * (4 * shape.inner + 2 * shape.n_groups * shape.state_size + 2 * shape.num_heads)
+
+
+def _fused_working_bytes_per_token(shape: "_Shape", itemsize: int) -> int:
+    """The same with the fused kernels: gradients of `in_proj`'s output and the convolution's, the convolution computed
+    again, three rows as wide as x, and in float32 each chunk's states, their gradients and the products of B and C."""
+    rows = itemsize * (shape.projected + 2 * shape.conv_dim + 3 * shape.inner)
+    per_chunk = 4 * (3 * shape.recurrent + 2 * shape.n_groups * shape.chunk_size**2)
+    return rows + math.ceil(per_chunk / shape.chunk_size) + 4 * 6 * shape.num_heads
 
 
 def _scan_working_bytes_per_token(shape: "_Shape") -> int:
@@ -171,13 +203,14 @@ class CheckpointPlan:
     Attributes:
         order: `"layer-major"` or `"sequence-major"`.
         layer_interval, sequence_interval: layers and tokens of a cell.
+        state_interval: segments from one border that has its states kept to the next; 1 if all do.
         offload: whether checkpoints wait in host memory.
         sequence_length, batch_size, num_hidden_layers: what it was planned for.
         hidden_border_bytes: rows of hidden states, kept until backward.
         state_border_bytes: states of all layers between segments, kept until backward.
         row_bytes: full-length rows beside these: gradients of outputs and inputs.
-        segment_bytes: what the segment being walked has along: its restored rows, carried states and their
-            gradients, and with `offload` the checkpoints under way between host and device.
+        segment_bytes: what the segment being walked has along: its restored rows, carried states and their gradients,
+            states of borders that have none kept, and with `offload` what is under way between host and device.
         cell_bytes: all that autograd keeps of the one cell that is being restored, and its layers' working memory.
         accumulator_bytes: parameter gradients that are being summed, beyond the gradients themselves.
     """
@@ -185,6 +218,7 @@ class CheckpointPlan:
     order: str
     layer_interval: int
     sequence_interval: int
+    state_interval: int
     offload: bool
     sequence_length: int
     batch_size: int
@@ -207,17 +241,18 @@ class CheckpointPlan:
     @property
     def host_bytes(self) -> int:
         """Expected in host memory: the checkpoints if they are offloaded."""
-        return int(_device_and_host(self.order, self.offload, self._parts())[1])
+        return int(_device_and_host(self.offload, self._parts())[1])
 
     @property
     def device_bytes(self) -> int:
         """Expected on the device beyond weights, their gradients and the optimizer."""
-        return int(_device_and_host(self.order, self.offload, self._parts())[0])
+        return int(_device_and_host(self.offload, self._parts())[0])
 
     @property
     def extra_compute(self) -> float:
         """Work beyond a plain training step, as a fraction of it: each further forward pass is a third."""
-        return int(_extra_passes(self.order, self.layer_interval, self.num_hidden_layers)) / 3
+        rerun = self.state_interval > 1
+        return int(_extra_passes(self.order, rerun, self.layer_interval, self.num_hidden_layers)) / 3
 
     def _parts(self) -> dict[str, int]:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name.endswith("_bytes")}
@@ -226,11 +261,10 @@ class CheckpointPlan:
         layers, tokens = self.layer_interval, self.sequence_interval
         groups, segments = self.num_layer_groups, self.num_segments
         kept = " (host)" if self.offload else ""
-        rows = " (host)" if self.offload and self.order == "sequence-major" else ""
         table = {
             f"hidden states kept{kept}": self.hidden_border_bytes,
             f"recurrent states kept{kept}": self.state_border_bytes,
-            f"full-length gradient rows{rows}": self.row_bytes,
+            f"full-length gradient rows{kept}": self.row_bytes,
             "one segment under way": self.segment_bytes,
             "one cell": self.cell_bytes,
             "gradient sums": self.accumulator_bytes,
@@ -242,6 +276,7 @@ class CheckpointPlan:
             f"  {'order':<32}{self.order:>30}",
             f"  {'cell':<32}{f'{layers} layers x {tokens:,} tokens':>30}",
             f"  {'grid':<32}{f'{groups} x {segments:,} = {groups * segments:,} cells':>30}",
+            *([f"  {'states kept':<32}{f'every {self.state_interval} segments':>30}"] * (self.state_interval > 1)),
             *(f"  {name:<32}{format_memory_size(size):>30}" for name, size in table.items()),
             f"  {'extra compute':<32}{f'+{self.extra_compute:.0%}':>30}",
         ]
@@ -259,14 +294,17 @@ def plan_checkpoints(
     sequence_interval: int | str = "auto",
     order: str = "auto",
     parameter_dtype: torch.dtype | str | None = None,
+    fused: bool = False,
+    from_ids: bool = False,
 ) -> CheckpointPlan:
     """Chooses MA-GC's order and intervals for a sequence (paper §3.2 and §3.3, by this engine's own sizes).
 
     Without a budget: of the plans with the least computation, one whose expected device memory is within 5% of the
     smallest, with as few cells as that allows and no segment below 256 tokens; with `offload`, a byte in host memory
     counts as a quarter of one on the device, or checkpoints would be many without end. With a budget: the fastest plan
-    that fits, which is the one with the least computation, and among those the one with the fewest cells. With
-    `"minimal"` for a budget: the smallest plan of all, however much it computes.
+    that fits, which is the one with the least computation, and among those the one with the fewest cells; with
+    `offload` only among those whose host memory is within 25% of the smallest. With `"minimal"` for a budget: the
+    smallest plan of all, however much it computes.
 
     Args:
         config: a `Ma2mbaConfig`, or any configuration whose `text_config`, or which itself, is a `Mamba2Config`.
@@ -275,10 +313,12 @@ def plan_checkpoints(
             the plan may reach. Weights, gradients and optimizer come on top. Or `"minimal"`, or None.
         dtype: of the activations, a torch dtype or its name.
         offload: whether checkpoints may wait in host memory.
-        layer_interval, sequence_interval: a cell's layers and tokens, kept as given (no more than there are), or
-            `"auto"`, which takes multiples of the configuration's `chunk_size`.
+        layer_interval, sequence_interval: a cell's layers and tokens, kept as given (no more than there are, nor than
+            kernels can index), or `"auto"`, which takes multiples of the configuration's `chunk_size`.
         order: `"layer-major"`, `"sequence-major"` or `"auto"`.
         parameter_dtype: of the parameters, if other than `dtype`.
+        fused: whether mamba-ssm's kernels run the layers.
+        from_ids: whether the sequence is token ids, whose embeddings are looked up segment by segment.
 
     Raises:
         ValueError: if an argument is out of its range, or no plan fits the budget; then the message says what the
@@ -291,7 +331,7 @@ def plan_checkpoints(
         raise ValueError(f"order must be {', '.join(map(repr, ORDERS))} or 'auto'; got {order!r}.")
     budget = check_memory_budget(memory_budget)
     candidates = _Candidates.of(
-        sizes=_Sizes.of(config, dtype, dtype if parameter_dtype is None else parameter_dtype),
+        sizes=_Sizes.of(config, dtype, parameter_dtype, bool(fused), bool(from_ids), int(batch_size)),
         sequence_length=int(sequence_length),
         batch_size=int(batch_size),
         offload=bool(offload),
@@ -307,6 +347,7 @@ def plan_checkpoints(
     plan = candidates.fastest_within(budget)
     if plan is None:
         options = dict(batch_size=batch_size, dtype=dtype, parameter_dtype=parameter_dtype)
+        options |= dict(fused=fused, from_ids=from_ids)
         fixed = dict(layer_interval=layer_interval, sequence_interval=sequence_interval, order=order)
         raise ValueError(_why_none_fits(config, sequence_length, budget, offload, options, fixed))
     return plan
@@ -315,11 +356,17 @@ def plan_checkpoints(
 def smallest_plan(config, sequence_length: int, **options: Any) -> CheckpointPlan:
     """The plan that is expected to take the least device memory, however slow; options as for `plan_checkpoints`."""
     # The slowest class has no fewer plans than the fastest: all of them compete, by memory alone.
-    dtype = options.pop("dtype", torch.bfloat16)
-    parameter_dtype = options.pop("parameter_dtype", None)
     defaults = dict(batch_size=1, offload=False, layer_interval="auto", sequence_interval="auto", order="auto")
-    sizes = _Sizes.of(config, dtype, dtype if parameter_dtype is None else parameter_dtype)
-    return _Candidates.of(sizes, sequence_length, min_segment=1, **{**defaults, **options}).smallest()
+    options = {**defaults, **options}
+    sizes = _Sizes.of(
+        config,
+        options.pop("dtype", torch.bfloat16),
+        options.pop("parameter_dtype", None),
+        options.pop("fused", False),
+        options.pop("from_ids", False),
+        options["batch_size"],
+    )
+    return _Candidates.of(sizes, sequence_length, min_segment=1, **options).smallest()
 
 
 def longest_sequence(config, memory_budget: int | str, **options: Any) -> int | None:
@@ -391,6 +438,7 @@ class _Shape(NamedTuple):
     use_bias: bool
     use_conv_bias: bool
     residual_in_fp32: bool
+    vocab_size: int
 
     @classmethod
     def of(cls, config) -> "_Shape":
@@ -433,6 +481,7 @@ class _Sizes(NamedTuple):
 
     num_hidden_layers: int
     chunk_size: int
+    indexable: int  # tokens that kernels can tell apart
     embedding: int  # one token of the first row
     row: int  # one token of a row between blocks
     state: int  # one layer's state at a border
@@ -440,25 +489,33 @@ class _Sizes(NamedTuple):
     working: int  # one token in the layer that runs
     scan_working: int  # one token of the span in the scan that runs
     fresh_gradient: int  # one layer's parameter gradients as they come
-    gradient_sum: int  # and the sum of them, unless it is the gradient itself
+    gradient_rest: int  # what their sum, which is the gradient, has beside it in half precision
+    embedding_gradient: int  # both of these, of embeddings that are looked up in the grid
 
     @classmethod
-    def of(cls, config, dtype, parameter_dtype) -> "_Sizes":
+    def of(cls, config, dtype, parameter_dtype, fused, from_ids, batch_size) -> "_Sizes":
         shape = _Shape.of(config)
-        dtype, parameter_dtype = _floating_dtype("dtype", dtype), _floating_dtype("parameter_dtype", parameter_dtype)
+        dtype = _floating_dtype("dtype", dtype)
+        parameter_dtype = dtype if parameter_dtype is None else _floating_dtype("parameter_dtype", parameter_dtype)
+        number, half = parameter_dtype.itemsize, parameter_dtype.itemsize < 4
         wide = torch.promote_types(dtype, torch.float32)
         return cls(
             num_hidden_layers=shape.num_hidden_layers,
             chunk_size=shape.chunk_size,
-            embedding=shape.width * dtype.itemsize,
+            indexable=indexable_tokens(config, batch_size),
+            # A token id has eight bytes, and no gradient.
+            embedding=8 if from_ids else shape.width * dtype.itemsize,
             row=shape.width * (wide if shape.residual_in_fp32 else dtype).itemsize,
             # Transformers' layout: as many inputs of the convolution as its kernel is wide, one of them unused.
             state=shape.recurrent * wide.itemsize + shape.conv_dim * shape.conv_kernel * dtype.itemsize,
-            kept=kept_bytes_per_token(config, dtype),
-            working=_working_bytes_per_token(shape),
-            scan_working=_scan_working_bytes_per_token(shape),
-            fresh_gradient=shape.layer_parameters * parameter_dtype.itemsize,
-            gradient_sum=0 if parameter_dtype.itemsize >= 4 else shape.layer_parameters * 4,
+            kept=kept_bytes_per_token(config, dtype, fused),
+            working=(
+                _fused_working_bytes_per_token(shape, dtype.itemsize) if fused else _working_bytes_per_token(shape)
+            ),
+            scan_working=0 if fused else _scan_working_bytes_per_token(shape),
+            fresh_gradient=shape.layer_parameters * number,
+            gradient_rest=shape.layer_parameters * number * half,
+            embedding_gradient=shape.vocab_size * shape.width * number * (1 + half) * from_ids,
         )
 
 
@@ -480,52 +537,58 @@ def _segments(sequence_length, sequence_interval):
     return segments - lone, np.minimum(sequence_interval, sequence_length) + lone
 
 
-def _extra_passes(order, layer_interval, num_hidden_layers):
-    """Forward passes beyond the first."""
-    return 1 + (order == "sequence-major") * (layer_interval < num_hidden_layers)
+def _extra_passes(order, rerun, layer_interval, num_hidden_layers):
+    """Forward passes beyond the first; `rerun` if not all borders have their states kept."""
+    return 1 + rerun + (order == "sequence-major") * (layer_interval < num_hidden_layers)
 
 
-def _memory_parts(sizes: _Sizes, order, offload, sequence_length, batch_size, layer_interval, sequence_interval):
+def _state_interval(segments, rerun):
+    """Segments between states that are kept: all, or so that about as many are kept as are made again at a time."""
+    return np.maximum(np.ceil(np.sqrt(segments)).astype(int), 2) if rerun else np.ones_like(segments)
+
+
+def _memory_parts(
+    sizes: _Sizes, order, rerun, offload, sequence_length, batch_size, layer_interval, sequence_interval
+):
     """The parts of a plan's memory, by the names of the fields of `CheckpointPlan`."""
     L = sizes.num_hidden_layers
     segments, tokens = _segments(sequence_length, sequence_interval)
+    state_interval = _state_interval(segments, rerun)
     groups = -(-L // layer_interval)
     whole = batch_size * sequence_length
     piece = batch_size * tokens
     states = batch_size * sizes.state
     # Parameter gradients are summed, and gradients of states handed on, by the layers of one walk over the sequence.
     walked_layers = layer_interval if order == "layer-major" else L
-    segment = 2 * walked_layers * states * (segments > 1)  # gradients of the states on both sides
+    # Gradients of the states on both sides, and the states between kept ones.
+    segment = (2 * (segments > 1) + state_interval - 1) * walked_layers * states
     staged = 2 * walked_layers * states * (segments > 1)
     if order == "layer-major":
         hidden_borders = whole * (sizes.embedding + (groups - 1) * sizes.row)
         rows = 2 * whole * sizes.row  # gradients of a group's output and input
-        staged = staged + 2 * piece * sizes.row
+        staged = staged + 6 * piece * sizes.row  # in and out, two of each: rows, and gradients
     else:
         hidden_borders = whole * sizes.embedding
         rows = whole * sizes.embedding  # the embeddings' gradient
         segment = segment + piece * groups * (groups > 1) * sizes.row
         staged = staged + 4 * piece * sizes.embedding
     running = piece * sizes.working + np.minimum(tokens, 2 * _SCAN_SPAN) * sizes.scan_working
+    sums = layer_interval * sizes.fresh_gradient + walked_layers * sizes.gradient_rest + sizes.embedding_gradient
     return {
         "hidden_border_bytes": hidden_borders,
-        "state_border_bytes": batch_size * L * (segments - 1) * sizes.state,
+        "state_border_bytes": batch_size * L * ((segments - 1) // state_interval) * sizes.state,
         "row_bytes": rows,
         "segment_bytes": segment + staged * offload,
         # The scan keeps its start states in a layout of its own, and end states stay until the cell has been left.
         "cell_bytes": layer_interval * (piece * sizes.kept + 2 * states) + running + 2 * piece * sizes.row,
-        "accumulator_bytes": layer_interval * sizes.fresh_gradient + walked_layers * sizes.gradient_sum,
+        "accumulator_bytes": sums,
     }
 
 
-def _device_and_host(order, offload, parts):
-    borders = parts["hidden_border_bytes"] + parts["state_border_bytes"]
+def _device_and_host(offload, parts):
+    waiting = parts["hidden_border_bytes"] + parts["state_border_bytes"] + parts["row_bytes"]
     passing = parts["segment_bytes"] + parts["cell_bytes"] + parts["accumulator_bytes"]
-    if not offload:
-        return borders + parts["row_bytes"] + passing, 0
-    if order == "layer-major":
-        return parts["row_bytes"] + passing, borders
-    return passing, borders + parts["row_bytes"]
+    return (passing, waiting) if offload else (waiting + passing, 0)
 
 
 def _smallest_for_each_count(total: int) -> np.ndarray:
@@ -539,9 +602,11 @@ class _Candidates(NamedTuple):
     """All plans worth comparing, as equally long arrays."""
 
     shared: dict[str, Any]
-    num_layer_major: int
+    variants: list[tuple[str, bool]]  # order, and whether segments are run again for states between kept ones
+    variant: np.ndarray
     layer_interval: np.ndarray
     sequence_interval: np.ndarray
+    state_interval: np.ndarray
     parts: dict[str, np.ndarray]
     device: np.ndarray
     host: np.ndarray
@@ -554,37 +619,44 @@ class _Candidates(NamedTuple):
     ) -> "_Candidates":
         L = sizes.num_hidden_layers
         layers = _smallest_for_each_count(L) if layer_interval == "auto" else np.array([min(layer_interval, L)])
+        longest = min(sequence_length, sizes.indexable)
         if sequence_interval == "auto":
             # Multiples of the scan's chunk (paper §3.2), the whole sequence being one at any length.
             units = _smallest_for_each_count(-(-sequence_length // sizes.chunk_size))
-            smallest = min(max(min_segment, 2), sequence_length)
-            tokens = np.minimum(units * sizes.chunk_size, sequence_length)
+            smallest = min(max(min_segment, 2), longest)
+            tokens = np.unique(np.minimum(units * sizes.chunk_size, longest))
             tokens = tokens[tokens >= smallest]
         else:
             # Every segment of one token would have to join another.
-            tokens = np.array([min(max(sequence_interval, 2), sequence_length)])
+            tokens = np.array([min(max(sequence_interval, 2), longest)])
         l, s = (axis.ravel() for axis in np.meshgrid(layers, tokens))  # noqa: E741  the paper's names
-        orders = ORDERS if order == "auto" else (order,)
-        parts = [_memory_parts(sizes, name, offload, sequence_length, batch_size, l, s) for name in orders]
-        memory = [_device_and_host(name, offload, part) for name, part in zip(orders, parts, strict=True)]
-        cells = -(-L // l) * _segments(sequence_length, s)[0]
+        segments = _segments(sequence_length, s)[0]
+        # On the host states are cheap, and those made again would have to be on the device.
+        reruns = (False,) if offload or segments.max() < 4 else (False, True)
+        variants = [(name, rerun) for name in (ORDERS if order == "auto" else (order,)) for rerun in reruns]
+        grid = (offload, sequence_length, batch_size, l, s)
+        parts = [_memory_parts(sizes, *variant, *grid) for variant in variants]
+        memory = [_device_and_host(offload, part) for part in parts]
         return cls(
             shared=dict(offload=offload, sequence_length=sequence_length, batch_size=batch_size, num_hidden_layers=L),
-            num_layer_major=len(l) * ("layer-major" in orders),
-            layer_interval=np.tile(l, len(orders)),
-            sequence_interval=np.tile(s, len(orders)),
+            variants=variants,
+            variant=np.repeat(np.arange(len(variants)), len(l)),
+            layer_interval=np.tile(l, len(variants)),
+            sequence_interval=np.tile(s, len(variants)),
+            state_interval=np.concatenate([_state_interval(segments, rerun) for _, rerun in variants]),
             parts={name: np.concatenate([part[name] + 0 * l for part in parts]) for name in parts[0]},
             device=np.concatenate([device + 0 * l for device, _ in memory]),
             host=np.concatenate([host + 0 * l for _, host in memory]),
-            passes=np.concatenate([_extra_passes(name, l, L) for name in orders]),
-            cells=np.tile(cells, len(orders)),
+            passes=np.concatenate([_extra_passes(*variant, l, L) for variant in variants]),
+            cells=np.tile(-(-L // l) * segments, len(variants)),
         )
 
     def _plan(self, index: int) -> CheckpointPlan:
         return CheckpointPlan(
-            order=ORDERS[0] if index < self.num_layer_major else ORDERS[1],
+            order=self.variants[self.variant[index]][0],
             layer_interval=int(self.layer_interval[index]),
             sequence_interval=int(self.sequence_interval[index]),
+            state_interval=int(self.state_interval[index]),
             **self.shared,
             **{name: int(values[index]) for name, values in self.parts.items()},
         )
@@ -608,7 +680,10 @@ class _Candidates(NamedTuple):
 
     def fastest_within(self, budget: int) -> CheckpointPlan | None:
         fits = self.device <= budget
-        return self._fastest(fits) if fits.any() else None
+        if not fits.any():
+            return None
+        fits &= self.passes == self.passes[fits].min()
+        return self._fastest(fits & (self.host <= _ALMOST_LEAST_ON_HOST * self.host[fits].min()))
 
 
 __all__ = [
@@ -616,6 +691,7 @@ __all__ = [
     "check_interval",
     "check_memory_budget",
     "format_memory_size",
+    "indexable_tokens",
     "kept_bytes_per_token",
     "longest_sequence",
     "paper_constants",

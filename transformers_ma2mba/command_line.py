@@ -71,6 +71,7 @@ def _add_plan(commands):
     )
     parser.add_argument("--freeze_vision", action="store_true", help="the vision tower is not trained")
     parser.add_argument("--offload", action="store_true", help="keep checkpoints in host memory")
+    parser.add_argument("--fused", action="store_true", help="mamba-ssm and causal-conv1d are installed, for CUDA")
     parser.add_argument("--memory_budget", metavar="SIZE", help='all memory of the GPU, such as "80GiB"')
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
 
@@ -114,7 +115,8 @@ def plan_report(options: argparse.Namespace) -> dict:
     if vision_config is not None and frames:
         passed = min(config.frames_per_vision_pass, options.batch_size * frames)
         vision = passed * _vision_bytes_per_frame(config, dtype, options.freeze_vision)
-    plan_options = dict(batch_size=options.batch_size, dtype=dtype, offload=options.offload)
+    plan_options = dict(batch_size=options.batch_size, dtype=dtype, offload=options.offload, fused=options.fused)
+    plan_options["from_ids"] = vision_config is None
     # The gradient of the embeddings is all that is left of the language model when the vision tower's turn comes.
     embedding_bytes = options.batch_size * text_config.hidden_size * dtype.itemsize * (not options.offload)
     vision_moment = vision + sequence_length * embedding_bytes * (vision > 0)

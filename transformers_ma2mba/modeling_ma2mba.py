@@ -20,6 +20,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Output
 from transformers.utils import ModelOutput
 
 from .checkpoint_grid import segment_bounds
+from .checkpoint_plan import indexable_tokens
 from .configuration_ma2mba import Ma2mbaConfig
 from .multi_axis_checkpointing import (
     checkpointing_options,
@@ -269,16 +270,19 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         features = self._encode_in_pieces(frames, frames_per_piece=1).pooler_output
         return inputs_embeds_BTD + 0.0 * features.sum().to(inputs_embeds_BTD)
 
+    def _tokens_per_pass(self, batch_size: int) -> int:
+        return min(self.config.tokens_per_pass, indexable_tokens(self.config, batch_size))
+
     def _language_model_in_pieces(self, inputs_embeds_BTD, cache_params, use_cache, attention_mask, **options):
         """Runs a long sequence a piece at a time, the state carried from one to the next: the result is the same, and
         neither memory nor a kernel's offsets grow with the sequence."""
         text_config = self.config.text_config
         state = cache_params if cache_params is not None else DynamicCache(config=text_config)
-        sequence_length = inputs_embeds_BTD.shape[1]
+        batch_size, sequence_length, _ = inputs_embeds_BTD.shape
         if attention_mask is not None:
             attention_mask = attention_mask[:, -sequence_length:]
         rows = None
-        for start, stop in segment_bounds(sequence_length, self.config.tokens_per_pass):
+        for start, stop in segment_bounds(sequence_length, self._tokens_per_pass(batch_size)):
             piece = self.language_model(
                 inputs_embeds=inputs_embeds_BTD[:, start:stop],
                 attention_mask=attention_mask[:, start:stop] if attention_mask is not None else None,
@@ -334,7 +338,8 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
             inputs_embeds = self._with_idle_pieces(inputs_embeds, num_idle_pieces)
 
         options = dict(use_cache=use_cache, attention_mask=attention_mask, lean_scan=True)
-        if torch.is_grad_enabled() or output_hidden_states or inputs_embeds.shape[1] <= self.config.tokens_per_pass:
+        in_one_piece = inputs_embeds.shape[1] <= self._tokens_per_pass(len(inputs_embeds))
+        if torch.is_grad_enabled() or output_hidden_states or in_one_piece:
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
                 cache_params=cache_params,

@@ -15,7 +15,8 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Output
 
 from .checkpoint_grid import run_checkpointed
 from .checkpoint_plan import CheckpointPlan, check_interval, check_memory_budget, plan_checkpoints
-from .sharded_modules import gather_at_once
+from .fused_layer import forwards_of
+from .sharded_modules import gather_at_once, is_sharded
 from .ssd_scan import install_scan_dispatcher
 
 install_scan_dispatcher()
@@ -41,25 +42,29 @@ class _Settings:
         if self.order not in ("auto", "layer-major", "sequence-major"):
             raise ValueError(f'order must be "layer-major", "sequence-major" or "auto", got {self.order!r}.')
 
-    def plan(self, model: Mamba2Model, hidden_states: torch.Tensor) -> CheckpointPlan:
-        """The plan for a batch of the shape of `hidden_states`, `(batch_size, sequence_length, hidden_size)`."""
-        kind = hidden_states.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
-        key = (*hidden_states.shape[:2], dtype)
+    def plan(self, model: Mamba2Model, inputs: torch.Tensor, fused: bool = False) -> CheckpointPlan:
+        """The plan for a batch of `inputs`, `(batch_size, sequence_length)` token ids or `(..., hidden_size)` rows."""
+        kind, from_ids = inputs.device.type, inputs.ndim == 2
+        dtype = (model.embeddings.weight if from_ids else inputs).dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        key = (*inputs.shape[:2], dtype, fused, from_ids)
         if key not in self.plans:
             if len(self.plans) == 256:  # lengths hardly ever repeat: no need to remember them all
                 self.plans.clear()
             self.plans[key] = plan_checkpoints(
                 model.config,
-                sequence_length=hidden_states.shape[1],
+                sequence_length=inputs.shape[1],
                 memory_budget=self.memory_budget,
-                batch_size=hidden_states.shape[0],
+                batch_size=inputs.shape[0],
                 dtype=dtype,
                 offload=self.offload,
                 layer_interval=self.layer_interval,
                 sequence_interval=self.sequence_interval,
                 order=self.order,
                 parameter_dtype=model.norm_f.weight.dtype,
+                fused=fused,
+                from_ids=from_ids,
             )
         return self.plans[key]
 
@@ -196,19 +201,25 @@ def _forward(
             raise ValueError("Multi-axis gradient checkpointing cannot keep packed sequences apart: pad them instead.")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
+        inputs, embedding = inputs_embeds, None
         if inputs_embeds is None:
-            inputs_embeds = self.embeddings(input_ids)
+            # Looked up segment by segment, unless more than looking up is asked for.
+            embedding = self.embeddings if _only_looks_up(self.embeddings) and not _any_sharded(self) else None
+            inputs = self.embeddings(input_ids) if embedding is None else input_ids
         if use_cache and cache_params is None:
             cache_params = DynamicCache(config=self.config)
         for layer in self.layers:
             layer.gradient_checkpointing = False  # Transformers' own, if Trainer has switched it on: once is enough
+        forwards, fused = forwards_of(list(self.layers), self.norm_f.weight.device)
         hidden_states = run_checkpointed(
             list(self.layers),
-            inputs_embeds,
-            self._multi_axis_checkpointing.plan(self, inputs_embeds),
+            inputs,
+            self._multi_axis_checkpointing.plan(self, inputs, fused),
+            forwards=forwards,
+            embedding=embedding,
             attention_mask=create_recurrent_attention_mask(
                 config=self.config,
-                inputs_embeds=inputs_embeds,
+                inputs_embeds=inputs,
                 attention_mask=attention_mask,
                 past_key_values=cache_params,
             ),
@@ -219,3 +230,14 @@ def _forward(
         )
         outputs = Mamba2Output(last_hidden_state=hidden_states, cache_params=cache_params if use_cache else None)
     return outputs if return_dict or (return_dict is None and self.config.return_dict) else outputs.to_tuple()
+
+
+def _only_looks_up(embedding: nn.Module) -> bool:
+    """Whether a module is an embedding and nothing else: no hooks, such as PEFT's, no adapter, no sparse gradients."""
+    hooks = embedding._forward_hooks or embedding._forward_pre_hooks or "forward" in vars(embedding)
+    plain = type(embedding) is nn.Embedding and embedding.max_norm is None
+    return plain and not (hooks or embedding.sparse or embedding.scale_grad_by_freq)
+
+
+def _any_sharded(model: nn.Module) -> bool:
+    return any(map(is_sharded, model.modules()))

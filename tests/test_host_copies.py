@@ -1,0 +1,160 @@
+"""Copies that are under way: on a CPU with streams that put everything off for as long as they may, and on a GPU."""
+
+import copy
+from contextlib import contextmanager
+
+import pytest
+import torch
+from double_precision import compute_in_double
+from tiny import tiny_text_config
+from transformers import Mamba2Model
+
+from transformers_ma2mba import checkpoint_grid, enable_multi_axis_checkpointing
+from transformers_ma2mba.host_copies import HostCopies, Pieces
+
+
+class LazyStream:
+    """Does nothing before somebody waits for it."""
+
+    def __init__(self):
+        self.work = []
+        self.done = 0
+
+    def run(self, until=None):
+        until = len(self.work) if until is None else until
+        while self.done < until:
+            self.done += 1
+            self.work[self.done - 1]()
+
+    def wait_stream(self, stream):
+        self.work.append(stream.run)
+
+    def record_event(self):
+        return LazyEvent(self, len(self.work))
+
+    synchronize = run
+
+
+class LazyEvent:
+    def __init__(self, stream, position):
+        self.synchronize = lambda: stream.run(position)
+
+
+class MainStream(LazyStream):
+    """Where the computation is done: a CPU does it at once, so it must wait at once."""
+
+    def wait_event(self, event):
+        event.synchronize()
+
+
+class LazyHostCopies(HostCopies):
+    """As if for a GPU, but all memory is the CPU's. What nobody has written yet is NaN."""
+
+    def __init__(self, device, offload):
+        super().__init__(device, False)
+        self.active, self.inward, self.outward = offload, LazyStream(), LazyStream()
+
+    def empty(self, shape, dtype):
+        return torch.full(shape, torch.nan, dtype=dtype)
+
+
+@pytest.fixture
+def lazily(monkeypatch):
+    """Streams as above in place of CUDA's."""
+    main, current, copies = MainStream(), [], []
+    copy_now, empty = torch.Tensor.copy_, torch.empty
+
+    def copy_(target, source, non_blocking=False):
+        if not current:
+            return copy_now(target, source)
+        copies.append(source.shape)
+        current[-1].work.append(lambda: copy_now(target, source))
+
+    @contextmanager
+    def stream(chosen):
+        current.append(chosen)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
+    monkeypatch.setattr(checkpoint_grid, "HostCopies", LazyHostCopies)
+    return copies
+
+
+def test_a_store_and_a_fetch_wait_for_nothing_until_they_are_needed(lazily):
+    copies = LazyHostCopies(torch.device("cpu"), True)
+    kept, rows = copies.empty((2, 3), torch.float64), torch.ones(2, 3, dtype=torch.float64)
+    copies.store(kept, rows)
+    assert kept.isnan().all()
+    copies.finish()
+    assert torch.equal(kept, rows)
+    wait = copies.fetch(kept)
+    assert copies.inward.done == 0
+    assert torch.equal(wait(), rows)
+
+
+def test_stores_may_fall_behind_by_two_segments(lazily):
+    copies = LazyHostCopies(torch.device("cpu"), True)
+    kept = [copies.empty((1, 1), torch.float64) for _ in range(5)]
+    for memory in kept:
+        copies.store(memory, torch.zeros(1, 1, dtype=torch.float64))
+        copies.end_segment()
+    assert [memory.isnan().item() for memory in kept] == [False, False, False, True, True]
+
+
+def test_a_segment_is_fetched_while_the_one_before_is_computed(lazily):
+    copies = LazyHostCopies(torch.device("cpu"), True)
+    pieces = Pieces(torch.arange(6.0).view(1, 6), [(0, 2), (2, 4), (4, 6)], copies)
+    assert pieces.take(2, 1).tolist() == [[4, 5]]
+    assert (len(copies.inward.work), copies.inward.done) == (2, 1)
+    assert pieces.take(1, 0).tolist() == [[2, 3]]
+    assert pieces.take(0, -1).tolist() == [[0, 1]]
+    assert len(copies.inward.work) == 3
+
+
+def steps(model, inputs, **options):
+    """One step without checkpointing and one with, each with its gradients."""
+    for grid in (model, enable_multi_axis_checkpointing(copy.deepcopy(model), **options)):
+        embeds = inputs.clone().requires_grad_()
+        output = grid(inputs_embeds=embeds).last_hidden_state
+        weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device)
+        (output * weights.view_as(output)).sum().backward()
+        gradients = {name: parameter.grad for name, parameter in grid.named_parameters()}
+        yield {"output": output.detach(), "inputs": embeds.grad, **gradients}
+
+
+def assert_close(actual, expected, tolerance):
+    for name, tensor in expected.items():
+        if tensor is not None:
+            assert (actual[name] - tensor).norm() <= tolerance * tensor.norm(), name
+
+
+@pytest.mark.parametrize("length", [2, 9, 31])
+@pytest.mark.parametrize("layer_interval", [1, 2, 4])
+@pytest.mark.parametrize("order", ["layer-major", "sequence-major"])
+def test_nothing_is_read_before_it_is_there(lazily, monkeypatch, order, layer_interval, length):
+    compute_in_double(monkeypatch)
+    torch.manual_seed(0)
+    model = Mamba2Model(tiny_text_config(num_hidden_layers=4)).double().train()
+    inputs = torch.randn(2, length, 32, dtype=torch.float64)
+    options = dict(layer_interval=layer_interval, sequence_interval=4, order=order, offload=True)
+    expected, actual = steps(model, inputs, **options)
+    assert_close(actual, expected, 1e-10)
+    assert len(lazily) > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("order", ["layer-major", "sequence-major"])
+def test_on_a_gpu_offloading_changes_nothing(order):
+    torch.manual_seed(0)
+    model = Mamba2Model(tiny_text_config(num_hidden_layers=4, hidden_size=256, head_dim=64, num_heads=8)).train()
+    inputs = torch.randn(2, 1000, 256, device="cuda")
+    options = dict(layer_interval=2, sequence_interval=128, order=order)
+    _, here = steps(model.cuda(), inputs, **options)
+    expected, there = steps(model, inputs, offload=True, **options)
+    assert_close(there, here, 1e-6)
+    assert_close(there, expected, 1e-3)
