@@ -1,13 +1,14 @@
-# make demo    install, write films, train on them, print the accuracy, answer questions about one of them
-# make test    install, run the tests
-# make quality check style and lint; `make style` mends what it can
+# make demo          install, write films, train on them, print the accuracy, answer questions about one of them
+# make test          install, run the tests
+# make test-kernels  run mamba-ssm's kernels too, in Triton's interpreter: no GPU is needed
+# make quality       check style and lint; `make style` mends what it can
 
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
 BIN := $(VENV)/bin
 
-.PHONY: demo test quality style default-checkpoint
+.PHONY: demo test test-kernels quality style default-checkpoint
 
 # One single-threaded process a core: models this small lose more than they gain by sharing an operation. What accelerate
 # calls multi-GPU is any number of processes, on CPUs too.
@@ -22,6 +23,20 @@ $(VENV)/.installed: setup.py setup.cfg
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# mamba-ssm and causal-conv1d without what they compile, and apart from the environment: wherever Transformers can import
+# them, it takes their kernels. pip must not keep the wheels, lest a later installation takes them for whole.
+$(VENV)/kernels/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet einops packaging setuptools triton wheel
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
+		$(BIN)/python -m pip install --quiet --no-cache-dir --no-deps --no-build-isolation \
+		--no-binary causal-conv1d,mamba-ssm --upgrade --target $(VENV)/kernels causal-conv1d==1.7.0 mamba-ssm==2.3.2.post1
+	touch $@
+
+test-kernels: $(VENV)/kernels/.installed
+	TRITON_INTERPRET=1 MAMBA_DETERMINISTIC=1 OMP_NUM_THREADS=1 \
+		PYTHONPATH=$(CURDIR)/tests/interpreted_kernels/stand_ins:$(abspath $(VENV))/kernels \
+		$(BIN)/python -m pytest tests/interpreted_kernels
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .
