@@ -14,8 +14,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import Mamba2Model
 from transformers.models.mamba2 import modeling_mamba2
 
-from transformers_ma2mba import Ma2mbaConfig, enable_multi_axis_checkpointing
-from transformers_ma2mba import checkpoint_grid, fused_layer, multi_axis_checkpointing
+from transformers_ma2mba import (
+    Ma2mbaConfig,
+    checkpoint_grid,
+    enable_multi_axis_checkpointing,
+    fused_layer,
+    multi_axis_checkpointing,
+)
 
 LENGTH = 2**22
 LIMIT = 2**31
@@ -98,6 +103,7 @@ def kernels(monkeypatch):
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 def test_no_kernel_sees_more_than_it_can_index(kernels, monkeypatch, fused, order):
     """Even if a user asks for one segment. The segments that are planned are shorter: see test_checkpoint_plan."""
+
     def forwards_of(layers, device):
         return [fused_layer.FusedLayer(layer) if fused else layer for layer in layers], fused
 

@@ -23,7 +23,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from transformers_ma2mba import Ma2mbaForVideoQA, enable_multi_axis_checkpointing
+from transformers_ma2mba import Ma2mbaForVideoQA, enable_multi_axis_checkpointing, multi_axis_checkpointing
+from transformers_ma2mba.checkpoint_plan import smallest_plan
 from transformers_ma2mba.multi_axis_checkpointing import (
     checkpointing_options,
     disable_multi_axis_checkpointing,
@@ -367,3 +368,20 @@ def test_reached_from_prepare_model_for_kbit_training(qa_model):
     assert is_multi_axis_checkpointed(model)
     assert model.model.language_model._multi_axis_checkpointing.layer_interval == 2
     assert gradients(lora(model), video_batch(qa_model))
+
+
+def test_without_a_budget_a_plan_takes_no_more_than_is_free(monkeypatch):
+    model = enable_multi_axis_checkpointing(Mamba2Model(tiny_text_config(num_hidden_layers=8)))
+    settings = model._multi_axis_checkpointing
+    ids = torch.zeros(1, 5000, dtype=torch.long)
+    usual = settings.plan(model, ids)
+    smallest = smallest_plan(model.config, 5000, dtype=torch.float32, from_ids=True)
+    assert smallest.device_bytes < 0.6 * usual.device_bytes
+    for free, expected in [(None, usual), (usual.device_bytes, usual), (1, smallest)]:
+        monkeypatch.setattr(multi_axis_checkpointing, "_free_bytes", lambda model, free=free: free)
+        assert settings.plan(model, ids) == expected
+    free = (usual.device_bytes + smallest.device_bytes) // 2
+    monkeypatch.setattr(multi_axis_checkpointing, "_free_bytes", lambda model: free)
+    assert smallest.device_bytes < settings.plan(model, ids).device_bytes <= free
+    settings.memory_budget = usual.device_bytes  # who names a budget gets it
+    assert settings.plan(model, ids) == usual

@@ -21,6 +21,8 @@ from .ssd_scan import install_scan_dispatcher
 
 install_scan_dispatcher()
 
+_USABLE = 0.85  # of what is free: the rest is for fragments, and for what is beside the language model
+
 
 @dataclass
 class _Settings:
@@ -43,30 +45,54 @@ class _Settings:
             raise ValueError(f'order must be "layer-major", "sequence-major" or "auto", got {self.order!r}.')
 
     def plan(self, model: Mamba2Model, inputs: torch.Tensor, fused: bool = False) -> CheckpointPlan:
-        """The plan for a batch of `inputs`, `(batch_size, sequence_length)` token ids or `(..., hidden_size)` rows."""
+        """The plan for a batch of `inputs`, `(batch_size, sequence_length)` token ids or `(..., hidden_size)` rows. It is
+        made once for each length, unless less memory than it takes is free."""
         kind, from_ids = inputs.device.type, inputs.ndim == 2
         dtype = (model.embeddings.weight if from_ids else inputs).dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        key = (*inputs.shape[:2], dtype, fused, from_ids)
+        needs = dict(dtype=dtype, fused=fused, from_ids=from_ids)
+        key = (*inputs.shape[:2], *needs.values())
         if key not in self.plans:
             if len(self.plans) == 256:  # lengths hardly ever repeat: no need to remember them all
                 self.plans.clear()
-            self.plans[key] = plan_checkpoints(
-                model.config,
-                sequence_length=inputs.shape[1],
-                memory_budget=self.memory_budget,
-                batch_size=inputs.shape[0],
-                dtype=dtype,
-                offload=self.offload,
-                layer_interval=self.layer_interval,
-                sequence_interval=self.sequence_interval,
-                order=self.order,
-                parameter_dtype=model.norm_f.weight.dtype,
-                fused=fused,
-                from_ids=from_ids,
-            )
-        return self.plans[key]
+            self.plans[key] = self._plan(model, inputs, self.memory_budget, **needs)
+        plan = self.plans[key]
+        if self.memory_budget is None:
+            free = _free_bytes(model)
+            if free is not None and plan.device_bytes > free:
+                try:
+                    plan = self._plan(model, inputs, free, **needs)
+                except ValueError:  # too little for any: the smallest has the best chance
+                    plan = self._plan(model, inputs, "minimal", **needs)
+        return plan
+
+    def _plan(self, model, inputs, memory_budget, **needs) -> CheckpointPlan:
+        return plan_checkpoints(
+            model.config,
+            sequence_length=inputs.shape[1],
+            memory_budget=memory_budget,
+            batch_size=inputs.shape[0],
+            offload=self.offload,
+            layer_interval=self.layer_interval,
+            sequence_interval=self.sequence_interval,
+            order=self.order,
+            parameter_dtype=model.norm_f.weight.dtype,
+            **needs,
+        )
+
+
+def _free_bytes(model: nn.Module) -> int | None:
+    """What activations may take of the memory that is free on the model's CUDA device, gradients that are yet to come
+    set aside; None on other devices."""
+    device = model.norm_f.weight.device
+    if device.type != "cuda":
+        return None
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    free -= sum(parameter.nbytes for parameter in trained if parameter.grad is None)
+    return max(int(_USABLE * free), 1)
 
 
 def checkpointing_options(kwargs: dict | None, every_n_layers: int = 1, offload: bool = False) -> dict:
@@ -113,6 +139,8 @@ def enable_multi_axis_checkpointing(
         layer_interval: number of layers in a cell, or "auto".
         sequence_interval: number of tokens in a cell, or "auto".
         memory_budget: device memory for activations that "auto" may use: "20GiB", bytes, or "minimal" for the least.
+            None is the least of the fastest plans or, if that is more than is free on a CUDA device, the fastest that
+            fits there.
         offload: whether borders wait for backward in host memory.
         order: "layer-major" (the paper's Algorithms 1 and 2), "sequence-major", or "auto".
 
