@@ -45,8 +45,10 @@ class _Settings:
             raise ValueError(f'order must be "layer-major", "sequence-major" or "auto", got {self.order!r}.')
 
     def plan(self, model: Mamba2Model, inputs: torch.Tensor, fused: bool = False) -> CheckpointPlan:
-        """The plan for a batch of `inputs`, `(batch_size, sequence_length)` token ids or `(..., hidden_size)` rows. It is
-        made once for each length, unless less memory than it takes is free."""
+        """The plan for a batch of `inputs`, `(batch_size, sequence_length)` token ids or `(..., hidden_size)` rows.
+
+        It is made once for each length, unless less memory than it takes is free.
+        """
         kind, from_ids = inputs.device.type, inputs.ndim == 2
         dtype = (model.embeddings.weight if from_ids else inputs).dtype
         if torch.is_autocast_enabled(kind):
@@ -88,8 +90,10 @@ def _free_bytes(model: nn.Module) -> int | None:
     device = model.norm_f.weight.device
     if device.type != "cuda":
         return None
-    free = torch.cuda.mem_get_info(device)[0]
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    # PyTorch can use again what it has reserved, and may have been told to leave some of the device to others.
+    free = min(free + reserved, torch.cuda.get_per_process_memory_fraction(device) * total) - allocated
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     free -= sum(parameter.nbytes for parameter in trained if parameter.grad is None)
     return max(int(_USABLE * free), 1)
