@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from .pinned_memory import pinned_memory
+
 _STORES_UNDER_WAY = 2  # segments on their way to the host: until they are there, they take device memory
 
 
@@ -23,7 +25,9 @@ class HostCopies:
 
     def empty(self, shape, dtype: torch.dtype) -> torch.Tensor:
         """Memory for what is to wait: on the host if it is moved there."""
-        return torch.empty(shape, dtype=dtype, device="cpu" if self.active else self.device, pin_memory=self.active)
+        if self.active:
+            return pinned_memory.empty(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def store(self, target: torch.Tensor, source: torch.Tensor):
         """Copies into memory from `empty`; `finish` must come before anybody reads it who does not `fetch` it."""
@@ -63,9 +67,10 @@ class HostCopies:
         return wait
 
     def finish(self):
-        """Waits until all that was stored is there."""
+        """Waits until all that was stored is there, and all that was fetched may be given up."""
         if self.active:
             self.outward.synchronize()
+            self.inward.synchronize()
             self.stored.clear()
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
