@@ -12,6 +12,7 @@ COLOURS = {
     "MA-GC": "#1f5fa8",
     "MA-GC-minimal": "#0b2e59",
     "MA-GC-offload": "#7a4fa3",
+    "MA-GC-offload-2.8GB": "#b48ad0",
 }
 
 
@@ -32,8 +33,16 @@ def new_axes(title: str, height: float):
     return figure, axes
 
 
-def draw_by_length(lines: dict[str, list[tuple[int, float]]], title: str, path: Path) -> None:
-    """Draws `{method: [(length, value), ...]}` on logarithmic axes and names each line at its end."""
+def draw_by_length(
+    lines: dict[str, list[tuple[int, float]]],
+    title: str,
+    path: Path,
+    dashed: dict[str, list[tuple[int, float]]] | None = None,
+) -> None:
+    """Draws `{method: [(length, value), ...]}` on logarithmic axes and names each line at its end. `dashed` are lines
+    to compare them with, in the same colours."""
+    if not lines:
+        return
     figure, axes = new_axes(title, height=4.5)
     if figure is None:
         return
@@ -47,6 +56,8 @@ def draw_by_length(lines: dict[str, list[tuple[int, float]]], title: str, path: 
     heights = {}
     for method, points in sorted(lines.items(), key=lambda item: item[1][-1][1]):
         length, height = points[-1]
+        if length < lengths[-1]:  # its name stands above it, and above what it is compared with
+            height = max([height, *(value for at, value in (dashed or {}).get(method, ()) if at == length)])
         below = [taken for other, taken in heights.items() if lines[other][-1][0] == length]
         heights[method] = max([height, *(taken * apart for taken in below)])
     for method, points in lines.items():
@@ -55,7 +66,8 @@ def draw_by_length(lines: dict[str, list[tuple[int, float]]], title: str, path: 
         if points[-1][0] == lengths[-1]:
             name, offset, aligned = METHODS[method].replace(", ", ",\n").replace(" (", "\n("), (10, 0), "left"
         else:  # above the end of a line that ends early, since others go on beside it
-            name, offset, aligned = METHODS[method], (0, 12), "center"
+            name = METHODS[method].split(" (")[0] if dashed else METHODS[method]  # more of them end early there
+            offset, aligned = (0, 12), "center"
         axes.annotate(
             name,
             (points[-1][0], heights[method]),
@@ -66,6 +78,9 @@ def draw_by_length(lines: dict[str, list[tuple[int, float]]], title: str, path: 
             color=COLOURS[method],
             annotation_clip=False,
         )
+    for method, points in (dashed or {}).items():
+        style = {"linestyle": "--", "marker": "o", "markersize": 3, "linewidth": 1.2, "markerfacecolor": "white"}
+        axes.plot(*zip(*points, strict=True), color=COLOURS[method], **style)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
@@ -76,6 +91,8 @@ def draw_by_length(lines: dict[str, list[tuple[int, float]]], title: str, path: 
 
 def draw_bars(groups: dict[int, list[tuple[str, float]]], title: str, path: Path) -> None:
     """Draws `{length: [(method, value), ...]}` as one bar each, the lengths one below the other."""
+    if not groups:
+        return
     num_bars = sum(len(bars) for bars in groups.values())
     figure, axes = new_axes(title, height=0.8 + 0.32 * num_bars + 0.3 * len(groups))
     if figure is None:

@@ -1,7 +1,7 @@
 """Whether a flash of one second is remembered, by the length of the film and by where in it the flash is.
 
     python benchmarks/needle.py                                    # six minutes on one core
-    python benchmarks/needle.py --minutes 1 2 4 --films 8 --output_dir /tmp
+    python benchmarks/needle.py --minutes 1 2 4 --films 8 --output_dir elsewhere
     python benchmarks/needle.py --plot_only                        # draw the results again
 
 With the model that ships with the package, which was trained on films of 8 to 20 seconds. Films are those of

@@ -1,0 +1,168 @@
+"""Peak memory and tokens per second of MA-GC here and in its authors' code, on one GPU within the hour.
+
+    git clone https://github.com/klae01/ma2mba elsewhere/ma2mba
+    python benchmarks/side_by_side.py --device cuda --authors elsewhere/ma2mba   # Mamba-2-2.7B, 2^14 to 2^19 tokens
+    python benchmarks/side_by_side.py --device cuda --authors elsewhere/ma2mba --resume
+
+Both run the same step, that of `training_step.py` with random tokens, in a process of its own for each side, measured
+as there. The authors' checkout stands first on that process's PYTHONPATH, over an installed mamba-ssm, as its README
+asks. It gets two names that Transformers 5 has dropped and that it imports without need, and the calls of today's
+causal-conv1d in place of those of its time. Their code is not changed otherwise. It needs CUDA.
+
+Writes `side_by_side.json` to `benchmarks/results`.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch.nn.functional as F
+from recording import Record, describe_environment, gigabytes, print_rows, reasons, run_benchmark, table
+from training_step import (
+    METHODS,
+    TINY_LENGTHS,
+    Step,
+    base_job,
+    base_parser,
+    goes_by_method,
+    measure_by_method,
+    measure_lengths,
+    parse,
+)
+
+AUTHORS = "the authors' code"
+METHODS = {**METHODS, AUTHORS: AUTHORS}
+LENGTHS = [2**14, 2**16, 2**18, 2**19]
+LINES = {
+    "peak beyond weights and gradients, GB": lambda row: gigabytes(row["activation_bytes"]),
+    "peak above the loaded model, GB": lambda row: gigabytes(row["peak_bytes"]),
+    "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+    "seconds of a step": lambda row: f"{row['seconds']:.2f}",
+}
+
+
+def import_authors_model() -> tuple[type, type]:
+    """`MambaLMHeadModel` and `MambaConfig` of the checkout that comes first on the path."""
+    from transformers import generation
+
+    for name in ("GreedySearchDecoderOnlyOutput", "SampleDecoderOnlyOutput"):
+        if not hasattr(generation, name):
+            setattr(generation, name, generation.GenerateDecoderOnlyOutput)
+    from mamba_ssm.models.config_mamba import MambaConfig
+    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel, MixerModel
+    from mamba_ssm.ops.triton import ssd_combined
+
+    if not hasattr(MixerModel, "activation_checkpointing_enable"):
+        raise ImportError("The mamba_ssm on the path is not the authors': give their checkout as --authors.")
+    try:
+        from causal_conv1d import cpp_functions
+    except ImportError:  # of their time
+        return MambaLMHeadModel, MambaConfig
+    ssd_combined.causal_conv1d_cuda = SimpleNamespace(
+        causal_conv1d_fwd=cpp_functions.causal_conv1d_fwd_function,
+        causal_conv1d_bwd=cpp_functions.causal_conv1d_bwd_function,
+    )
+    return MambaLMHeadModel, MambaConfig
+
+
+class AuthorsStep(Step):
+    """The authors' model with their checkpointing, in the shape of the job."""
+
+    def make_model(self, job: dict):
+        model_class, config_class = import_authors_model()
+        shape = job["shape"]
+        layer = {"layer": "Mamba2", "d_state": shape["state_size"], "headdim": shape["head_dim"]}
+        config = config_class(
+            d_model=shape["hidden_size"],
+            n_layer=shape["num_hidden_layers"],
+            vocab_size=shape["vocab_size"],
+            ssm_cfg={**layer, "chunk_size": shape["chunk_size"], "ngroups": shape["n_groups"]},
+            rms_norm=True,
+            residual_in_fp32=True,
+            fused_add_norm=True,
+            pad_vocab_size_multiple=16,
+            tie_embeddings=True,
+        )
+        model = model_class(config, device=self.device, dtype=self.dtype).train()
+        model.gradient_checkpointing_enable()
+        self.vocabulary = shape["vocab_size"]
+        return model
+
+    def forward(self, length: int):
+        input_ids, targets = self.random_tokens(length, self.vocabulary)
+        logits = self.model(input_ids, num_last_tokens=len(targets)).logits
+        return F.cross_entropy(logits[0].float(), targets)
+
+
+def describe_authors(checkout: Path) -> dict[str, str]:
+    """Which version of their code it is."""
+    source = (checkout / "mamba_ssm" / "models" / "mixer_seq_simple.py").read_bytes()
+    version = {"sha256 of mixer_seq_simple.py": hashlib.sha256(source).hexdigest()}
+    if (checkout / ".git").exists():
+        command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+        version["commit"] = subprocess.check_output(command, text=True).strip()
+    return version
+
+
+def report(results: dict) -> str:
+    """The results as a Markdown page."""
+    rows = {(row["method"], row["length"]): row for row in results["rows"]}
+    lengths = sorted({length for _, length in rows})
+    methods = list(dict.fromkeys(method for method, _ in rows))
+    lines = []
+    for name, cell in LINES.items():
+        for method in methods:
+            found = [rows.get((method, length), {}) for length in lengths]
+            lines.append([f"{METHODS[method]}: {name}", *(cell(row) if "seconds" in row else "–" for row in found)])
+    for name, entry in (("memory beyond weights and gradients", "activation_bytes"), ("speed", "tokens_per_second")):
+        for method in (method for method in methods if method != AUTHORS):
+            cells = []
+            for length in lengths:
+                ours, theirs = (rows.get((side, length), {}).get(entry) for side in (method, AUTHORS))
+                cells.append(f"{ours / theirs:.2f}" if ours and theirs else "–")
+            lines.append([f"**{METHODS[method]} / {AUTHORS}: {name}**", *cells])
+    times = sorted(row["time"] for row in results["rows"])
+    authors = ", ".join(f"{name} {value}" for name, value in results["authors"].items()) or "not there"
+    text = [
+        f"One training step side by side, by tokens in the sequence. {AUTHORS.capitalize()}: {authors}.",
+        "",
+        *table(["", *(f"{length:,}" for length in lengths)], lines),
+        "",
+        *reasons(results["rows"]),
+        f"Measured from {times[0]} to {times[-1]}. " if times else "",
+        describe_environment(results),
+        "",
+    ]
+    return "\n".join(text)
+
+
+def main():
+    parser = base_parser(__doc__)
+    parser.add_argument("--authors", type=Path, help="checkout of klae01/ma2mba (default: only our side)")
+    arguments = parse(parser)
+    if arguments.worker:
+        print_rows(measure_lengths(arguments.worker, AuthorsStep))
+        return
+    if not goes_by_method(arguments):
+        sys.exit("This is a comparison on a GPU: --device cuda, or --tiny to rehearse our side of it.")
+    if arguments.authors and not (arguments.authors / "mamba_ssm").is_dir():
+        sys.exit(f"{arguments.authors} has no folder mamba_ssm: give a checkout of klae01/ma2mba as --authors.")
+    job = base_job(arguments)
+    lengths = arguments.lengths or (TINY_LENGTHS if arguments.tiny else LENGTHS)
+
+    def measure(record: Record):
+        measure_by_method(record, job, arguments.methods or ["MA-GC"], lengths, arguments.most_steps)
+        if arguments.authors and arguments.device == "cuda":
+            path = os.pathsep.join([str(arguments.authors.resolve()), os.environ.get("PYTHONPATH", "")])
+            options = {"script": __file__, "extra_environment": {"PYTHONPATH": path}}
+            measure_by_method(record, job, [AUTHORS], lengths, arguments.most_steps, **options)
+
+    head = {"job": job, "authors": describe_authors(arguments.authors) if arguments.authors else {}}
+    run_benchmark(arguments, __file__, "side_by_side", head, measure, report)
+
+
+if __name__ == "__main__":
+    main()
