@@ -4,6 +4,7 @@ PyTorch's own allocator rounds pinned memory up to powers of two, and a hundred 
 two hundred. Pinning takes seconds for every ten gigabytes, so blocks that are free are kept for the next step.
 """
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -51,7 +52,7 @@ class PinnedMemory:
         # Sequences of another length have come: what theirs left has no use.
         self.release()
         block = mmap.mmap(-1, num_bytes)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(AttributeError, OSError):  # not every system has them
             block.madvise(mmap.MADV_HUGEPAGE)  # fewer pages to pin
         error = torch.cuda.cudart().cudaHostRegister(_address(block), num_bytes, 0)
         if int(error) != 0:
