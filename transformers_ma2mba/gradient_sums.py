@@ -1,11 +1,30 @@
 """Sums of parameters' gradients over many cells, without losing small shares in large sums."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 _NUMBERS_AT_ONCE = 2**22  # that are float32 on the way
+
+
+@functools.cache
+def _kernel() -> Callable | None:
+    try:
+        from .compensated_add import compensated_add
+    except ImportError:
+        return None
+    return compensated_add
+
+
+def compensated_add(total: torch.Tensor, rest: torch.Tensor, share: torch.Tensor):
+    """Adds `share` to the sum that is `total` plus `rest`, in place; the first two are contiguous."""
+    numbers = (tensor.reshape(-1).split(_NUMBERS_AT_ONCE) for tensor in (total, rest, share))
+    for total_part, rest_part, share_part in zip(*numbers, strict=True):
+        exact = total_part.float().add_(rest_part).add_(share_part)
+        total_part.copy_(exact)
+        rest_part.copy_(exact.sub_(total_part))
 
 
 class GradientSums:
@@ -36,11 +55,8 @@ class GradientSums:
             return
         if parameter not in self.rests:
             self.rests[parameter] = torch.zeros_like(total)
-        numbers = (tensor.reshape(-1).split(_NUMBERS_AT_ONCE) for tensor in (total, self.rests[parameter], gradient))
-        for part, rest, share in zip(*numbers, strict=True):
-            exact = part.float().add_(rest).add_(share)
-            part.copy_(exact)
-            rest.copy_(exact.sub_(part))
+        add = _kernel() if total.is_cuda else None
+        (add or compensated_add)(total, self.rests[parameter], gradient)
 
     def totals(self) -> list[torch.Tensor | None]:
         """The sums in the order of the parameters; None for one that nothing was added to."""
