@@ -10,10 +10,13 @@ _NUMBERS_AT_ONCE = 2**22  # that are float32 on the way
 
 
 @functools.cache
-def _kernel() -> Callable | None:
+def _kernel(device: torch.device) -> Callable | None:
+    """What does the same as `compensated_add` below in one kernel, if that can be compiled here."""
     try:
         from .compensated_add import compensated_add
-    except ImportError:
+
+        compensated_add(*torch.zeros(3, 1, dtype=torch.bfloat16, device=device))
+    except Exception:  # no Triton, or none of the compilers that it needs
         return None
     return compensated_add
 
@@ -55,7 +58,7 @@ class GradientSums:
             return
         if parameter not in self.rests:
             self.rests[parameter] = torch.zeros_like(total)
-        add = _kernel() if total.is_cuda else None
+        add = _kernel(total.device) if total.is_cuda else None
         (add or compensated_add)(total, self.rests[parameter], gradient)
 
     def totals(self) -> list[torch.Tensor | None]:
