@@ -48,7 +48,7 @@ METHODS = {
     "MA-GC": "MA-GC",
     "MA-GC-minimal": 'MA-GC, memory_budget="minimal"',
     "MA-GC-offload": "MA-GC, checkpoints in host memory",
-    "MA-GC-offload-2.8GB": 'MA-GC, checkpoints in host memory, memory_budget="2.8GB"',
+    "MA-GC-offload-2.8GB": "MA-GC, offload in 2.8 GB",
 }
 REFERENCE = "every-layer"
 GROW_WITH_LENGTH = ["none", "every-layer", "every-sqrt", "every-layer-lean"]  # all of what they keep
