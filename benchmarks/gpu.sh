@@ -151,11 +151,8 @@ for module in (torch, triton, transformers, mamba_ssm, causal_conv1d): print(mod
 }
 
 check() {
-    if [[ -d tests/interpreted_kernels ]]; then
-        run "$PYTHON" -m pytest -q -p no:cacheprovider tests/interpreted_kernels
-    else
-        echo "There is no tests/interpreted_kernels: nothing is checked."
-    fi
+    run "$PYTHON" -m pytest -q -p no:cacheprovider tests/interpreted_kernels
+    run "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_host_copies.py -k gpu
 }
 
 # A script of benchmarks/, which takes up what an earlier call has measured.

@@ -151,10 +151,12 @@ def test_nothing_is_read_before_it_is_there(lazily, monkeypatch, order, layer_in
 @pytest.mark.parametrize("order", ["layer-major", "sequence-major"])
 def test_on_a_gpu_offloading_changes_nothing(order):
     torch.manual_seed(0)
-    model = Mamba2Model(tiny_text_config(num_hidden_layers=4, hidden_size=256, head_dim=64, num_heads=8)).train()
+    sizes = dict(hidden_size=256, head_dim=64, num_heads=8, state_size=64, chunk_size=64)
+    model = Mamba2Model(tiny_text_config(num_hidden_layers=4, **sizes)).train()
     inputs = torch.randn(2, 1000, 256, device="cuda")
     options = dict(layer_interval=2, sequence_interval=128, order=order)
     _, here = steps(model.cuda(), inputs, **options)
     expected, there = steps(model, inputs, offload=True, **options)
-    assert_close(there, here, 1e-6)
-    assert_close(there, expected, 1e-3)
+    # Kernels that add in no fixed order, in TF32: what was not there yet would be wrong by far more.
+    assert_close(there, here, 1e-3)
+    assert_close(there, expected, 2e-2)
