@@ -1,5 +1,6 @@
 """Host memory for what a device need not hold: copies to and from it while the device computes."""
 
+import functools
 from collections import deque
 from collections.abc import Callable
 
@@ -8,6 +9,12 @@ import torch
 from .pinned_memory import pinned_memory
 
 _STORES_UNDER_WAY = 2  # segments on their way to the host: until they are there, they take device memory
+
+
+@functools.cache
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """One for each way, the same at every step: PyTorch keeps freed memory for the stream that it was allocated on."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 class HostCopies:
@@ -19,8 +26,7 @@ class HostCopies:
     def __init__(self, device: torch.device, offload: bool):
         self.device = device
         self.active = offload and device.type == "cuda"
-        self.inward = torch.cuda.Stream(device) if self.active else None
-        self.outward = torch.cuda.Stream(device) if self.active else None
+        self.inward, self.outward = _streams(device) if self.active else (None, None)
         self.stored = deque()
 
     def empty(self, shape, dtype: torch.dtype) -> torch.Tensor:
