@@ -230,6 +230,28 @@ def test_the_norm_in_a_kernel(monkeypatch):
     assert len(normed) == 1
 
 
+@pytest.mark.parametrize("wanted", ["conv", "recurrent"])
+@pytest.mark.parametrize("with_state, length", [(False, 1), (False, 2), (False, 5), (True, 2), (True, 5)])
+def test_a_loss_of_one_state_alone(with_state, length, wanted):
+    layer = block()
+    inputs, given = inputs_of(length), random_state(layer.config)
+    gradients = []
+    for call in (layer, FusedLayer(layer)):
+        layer.zero_grad()
+        leaf, cache = inputs.clone().requires_grad_(), carried_cache(1)
+        state = LayerState(*(tensor.detach().clone().requires_grad_() for tensor in given))
+        write_state(cache.layers[0], state if with_state else LayerState())
+        call(leaf, cache_params=cache)
+        final = getattr(read_state(cache.layers[0]), wanted)
+        (final * torch.linspace(-1, 1, final.numel(), dtype=final.dtype).view_as(final)).sum().backward()
+        gradients.append([leaf.grad, state.conv.grad, state.recurrent.grad, layer.mixer.in_proj.weight.grad.clone()])
+    for expected, actual in zip(*gradients, strict=True):
+        if expected is None or not expected.any():  # not involved
+            assert actual is None or not actual.any()
+        else:
+            assert (actual - expected).norm() <= EXACT * expected.norm()
+
+
 def test_the_kept_state_pins_nothing():
     layer = block()
     for length in (2, 30):

@@ -145,12 +145,11 @@ class FusedLayer:
         cached = None if cache_params is None else cache_params.layers[mixer.layer_idx]
         before = LayerState() if cached is None else read_state(cached)
         projected = mixer.in_proj(hidden_states)
-        conv_after = None if cached is None else self._last_conv_inputs(projected, before.conv)
         prefix_length = 0
-        if before.conv is not None:
-            prefix = self._prefix(before.conv).to(projected.dtype)
-            prefix_length = prefix.shape[1]
-            projected = torch.cat([prefix, projected], dim=1)
+        if cached is not None:
+            sizes = (mixer.intermediate_size, mixer.num_heads, mixer.conv_kernel_size)
+            prefix_length = mixer.conv_kernel_size - 1 if before.conv is not None else 0
+            projected, conv_after = _ContinuedConvolution.apply(projected, before.conv, *sizes)
 
         # The kernel keeps no input for the output projection, but makes it again to find the gradient of its weight.
         # A frozen one needs neither.
@@ -181,20 +180,42 @@ class FusedLayer:
         output = output[:, prefix_length:]
         return output if with_projection else mixer.out_proj(output.to(dtype))
 
-    def _prefix(self, conv: torch.Tensor) -> torch.Tensor:
-        """All but the oldest of the inputs in a convolution state, `(batch_size, conv_dim, conv_kernel)`, as projected
-        inputs, `(batch_size, conv_kernel - 1, projection_size)`: gates that are shut, and no time to write in."""
-        mixer = self.layer.mixer
-        prefix = F.pad(conv[..., 1:].transpose(1, 2), (mixer.intermediate_size, 0))
-        return F.pad(prefix, (0, mixer.num_heads), value=-torch.inf)
 
-    def _last_conv_inputs(self, projected: torch.Tensor, conv: torch.Tensor | None) -> torch.Tensor:
-        """The convolution state after a segment, in memory of its own: a view would keep all that is projected."""
-        mixer = self.layer.mixer
-        last = projected[:, -mixer.conv_kernel_size :, mixer.intermediate_size : -mixer.num_heads].transpose(1, 2)
-        missing = mixer.conv_kernel_size - last.shape[-1]
-        if missing and conv is None:
-            last = F.pad(last, (missing, 0))
-        elif missing:
-            last = torch.cat([conv[..., -missing:].to(last.dtype), last], dim=-1)
-        return last.clone(memory_format=torch.contiguous_format)
+class _ContinuedConvolution(torch.autograd.Function):
+    """Puts the convolution's last inputs before a segment's projected inputs, and takes its last inputs from these.
+
+    One Function, as autograd's own steps would write a gradient as large as the projection for the few inputs taken.
+    """
+
+    @staticmethod
+    def forward(ctx, projected, conv, intermediate_size, num_heads, conv_kernel_size):
+        """`(batch_size, tokens, projection_size)` and a convolution state, `(batch_size, conv_dim, conv_kernel)`, to
+        `(batch_size, conv_kernel - 1 + tokens, projection_size)` and the state after; without a state, nothing is put
+        before. What is, is all but its oldest input, with gates that are shut and no time to write in.
+        """
+        ctx.convolved = slice(intermediate_size, projected.shape[-1] - num_heads)
+        ctx.conv_kernel_size, ctx.prefix_length = conv_kernel_size, 0
+        if conv is not None:
+            prefix = F.pad(conv[..., 1:].transpose(1, 2).to(projected.dtype), (intermediate_size, 0))
+            prefix = F.pad(prefix, (0, num_heads), value=-torch.inf)
+            ctx.prefix_length, ctx.conv_dtype = prefix.shape[1], conv.dtype
+            projected = torch.cat([prefix, projected], dim=1)
+        last = projected[:, -conv_kernel_size:, ctx.convolved].transpose(1, 2)
+        # Memory of its own: a view would keep all that is projected.
+        last = F.pad(last, (conv_kernel_size - last.shape[-1], 0)).clone(memory_format=torch.contiguous_format)
+        ctx.shape = projected.shape
+        ctx.set_materialize_grads(False)
+        return projected if conv is not None else projected.view_as(projected), last
+
+    @staticmethod
+    def backward(ctx, grad, grad_last):
+        if grad is None:  # nothing but the state is wanted
+            grad = grad_last.new_zeros(ctx.shape)
+        if grad_last is not None:
+            count = min(ctx.conv_kernel_size, grad.shape[1])
+            # In place: it is the kernel's own, and nobody else has it.
+            grad[:, -count:, ctx.convolved] += grad_last[..., -count:].transpose(1, 2)
+        grad_conv = None
+        if ctx.prefix_length and ctx.needs_input_grad[1]:
+            grad_conv = F.pad(grad[:, : ctx.prefix_length, ctx.convolved].transpose(1, 2), (1, 0)).to(ctx.conv_dtype)
+        return grad[:, ctx.prefix_length :], grad_conv, None, None, None
