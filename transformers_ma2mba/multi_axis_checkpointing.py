@@ -18,7 +18,9 @@ from .checkpoint_plan import CheckpointPlan, check_interval, check_memory_budget
 from .fused_layer import forwards_of
 from .sharded_modules import gather_at_once, is_sharded
 from .ssd_scan import install_scan_dispatcher
+from .stock_kernels import keep_kernels_off_the_cpu
 
+keep_kernels_off_the_cpu()
 install_scan_dispatcher()
 
 _USABLE = 0.85  # of what is free: the rest is for fragments, and for what is beside the language model
