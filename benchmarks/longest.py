@@ -5,8 +5,8 @@
 
 The step is that of `training_step.py` with random tokens. Weights and gradients are loaded: those of a short step
 before stay, as in gradient accumulation. Each length has a process of its own and takes one step, under the fastest
-plan that should fit the device and the host, or else the smallest; it counts if loss and gradients are finite. A GPU
-that has more memory is held to 80 GB.
+plan that should fit the device and the host, or else the smallest; it counts if loss and gradients are finite. Its
+seconds include those in which host memory is pinned for the first time. A GPU that has more memory is held to 80 GB.
 
 Writes `longest.json` to `benchmarks/results`.
 """
