@@ -1,4 +1,4 @@
-"""The memory model of MA-GC against the paper's figures, a stock block, and a search of the whole grid."""
+"""The choice of MA-GC's intervals: budgets, offloading, limits, and a search of the whole grid."""
 
 import itertools
 import re
@@ -13,19 +13,13 @@ from transformers.models.mamba2 import modeling_mamba2
 from transformers_ma2mba.checkpoint_plan import (
     CheckpointPlan,
     check_interval,
-    format_memory_size,
-    indexable_tokens,
-    kept_bytes_per_token,
     longest_sequence,
-    paper_constants,
-    paper_memory,
-    parse_memory_size,
     plan_checkpoints,
     smallest_plan,
 )
 from transformers_ma2mba.configuration_ma2mba import Ma2mbaConfig
-from transformers_ma2mba.recurrent_state import carried_cache, read_state, write_state
-from transformers_ma2mba.ssd_scan import install_scan_dispatcher
+from transformers_ma2mba.memory_model import indexable_tokens, kept_bytes_per_token, paper_constants
+from transformers_ma2mba.memory_size import format_memory_size
 
 GiB = 2**30
 
@@ -35,62 +29,9 @@ def large():
     return Ma2mbaConfig.from_preset("3.1b")
 
 
-@pytest.mark.parametrize(
-    ("preset", "constants"),
-    [
-        ("0.7b", (1024, 269_056, 6_432, 264_448)),
-        ("1.8b", (2048, 537_344, 12_608, 528_640)),
-        ("3.1b", (2560, 671_488, 15_696, 660_736)),
-    ],
-)
-def test_constants_are_those_of_table_7(preset, constants):
-    assert paper_constants(Ma2mbaConfig.from_preset(preset)) == constants
-
-
 def test_a_stock_configuration_will_do(large):
     assert paper_constants(large.text_config) == paper_constants(large)
     assert plan_checkpoints(large.text_config, 5000) == plan_checkpoints(large, 5000)
-
-
-def test_formula_gives_the_figure_of_the_paper(large):
-    intervals = itertools.product(range(1, 65), range(256, 2**14, 256))
-    layer_interval, sequence_interval = min(intervals, key=lambda cell: paper_memory(large, 2**19, *cell))
-    elements = paper_memory(large, 2**19, layer_interval, sequence_interval)
-    assert round(2 * elements / GiB, 1) == 17.4
-    assert (layer_interval, sequence_interval) == (28, 7168)
-
-
-@pytest.mark.parametrize("residual_in_fp32", [True, False], ids=["residual32", "residual"])
-@pytest.mark.parametrize("n_groups", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_stock_block_keeps_what_the_formula_says(dtype, n_groups, residual_in_fp32):
-    tokens = 1024
-    config = tiny_text_config(
-        hidden_size=96, head_dim=24, num_heads=8, n_groups=n_groups, residual_in_fp32=residual_in_fp32
-    )
-    install_scan_dispatcher()
-    block = modeling_mamba2.Mamba2Block(config, layer_idx=0).to(dtype).train()
-    cache = carried_cache(1)
-    with torch.no_grad():
-        block(torch.randn(1, 8, config.hidden_size, dtype=dtype), cache_params=cache)
-    state = read_state(cache.layers[0])
-    write_state(cache.layers[0], type(state)(*(tensor.requires_grad_() for tensor in state)))
-
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    row_dtype = torch.float32 if residual_in_fp32 else dtype
-    hidden_states = torch.randn(1, tokens, config.hidden_size, dtype=row_dtype, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = block(hidden_states, cache_params=cache, lean_scan=True)
-    assert output.dtype == row_dtype
-    assert sum(kept.values()) == pytest.approx(tokens * kept_bytes_per_token(config, dtype), rel=0.01)
 
 
 def test_parameters_of_a_layer_are_counted_as_they_are():
@@ -99,43 +40,6 @@ def test_parameters_of_a_layer_are_counted_as_they_are():
         block = modeling_mamba2.Mamba2Block(config, layer_idx=0)
         plan = plan_checkpoints(config, 64, dtype="float32", layer_interval=1, order="layer-major")
         assert plan.accumulator_bytes == 4 * sum(parameter.numel() for parameter in block.parameters())
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("20GiB", 20 * GiB),
-        ("512MB", 512 * 10**6),
-        ("1.5 GB", 1_500_000_000),
-        (" 3 kib ", 3072),
-        ("2TiB", 2 * 2**40),
-        ("12345", 12345),
-        (12345, 12345),
-    ],
-)
-def test_sizes_are_read(text, size):
-    assert parse_memory_size(text) == size
-
-
-@pytest.mark.parametrize("value", ["", "lots", "20 gigs", "GiB", "nan", "inf", "1e3", "1,5GB", None, True, 1.5, [1]])
-def test_what_is_no_size_is_refused(value):
-    with pytest.raises(ValueError, match=re.escape(f"{value!r} is not a size of memory")):
-        parse_memory_size(value)
-
-
-@pytest.mark.parametrize("value", [0, -1, "0", "-3GiB", "0.1B"])
-def test_sizes_must_be_above_zero(value):
-    with pytest.raises(ValueError, match="must be at least 1 byte"):
-        parse_memory_size(value)
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [(0, "0 B"), (999, "999 B"), (1023, "1.00 KiB"), (3.2 * 1024, "3.20 KiB"), (17.4 * GiB, "17.4 GiB")]
-    + [(512 * 2**20, "512 MiB"), (9.996 * GiB, "10.0 GiB"), (99.96 * GiB, "100 GiB"), (2.5 * 2**50, "2,560 TiB")],
-)
-def test_sizes_are_written_with_three_digits(size, text):
-    assert format_memory_size(size) == text
 
 
 def test_intervals_are_checked():
@@ -354,13 +258,6 @@ def test_no_piece_is_longer_than_kernels_can_index(preset, batch_size):
                 tokens = plan.sequence_interval + text.conv_kernel  # with the convolution's tail, and a lone token
                 assert batch_size * tokens * widest < 2**31
     assert batch_size * (indexable_tokens(config, batch_size) + 2 * text.chunk_size) * widest > 0.98 * 2**31
-
-
-def test_a_piece_for_the_27b_is_shorter_than_what_crashed(large):
-    """mamba-ssm's kernels were seen to fail past about 203,000, 252,000 and 490,000 tokens."""
-    assert 150_000 < indexable_tokens(large, 1) < 203_000
-    assert indexable_tokens(Ma2mbaConfig.from_preset("1.8b"), 1) < 252_000
-    assert indexable_tokens(Ma2mbaConfig.from_preset("0.7b"), 1) < 490_000
 
 
 def test_plans_of_the_27b_at_half_a_million_tokens(large):

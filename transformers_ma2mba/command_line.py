@@ -11,15 +11,9 @@ import warnings
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
 
-from .checkpoint_plan import (
-    CheckpointPlan,
-    format_memory_size,
-    longest_sequence,
-    parse_memory_size,
-    plan_checkpoints,
-    smallest_plan,
-)
+from .checkpoint_plan import CheckpointPlan, longest_sequence, plan_checkpoints, smallest_plan
 from .configuration_ma2mba import PRESETS, Ma2mbaConfig
+from .memory_size import format_memory_size, parse_memory_size
 from .video_session import VideoStreamError
 
 _OPTIMIZERS = {

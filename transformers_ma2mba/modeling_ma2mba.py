@@ -20,8 +20,8 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Output
 from transformers.utils import ModelOutput
 
 from .checkpoint_grid import segment_bounds
-from .checkpoint_plan import indexable_tokens
 from .configuration_ma2mba import Ma2mbaConfig
+from .memory_model import indexable_tokens
 from .multi_axis_checkpointing import (
     checkpointing_options,
     disable_multi_axis_checkpointing,

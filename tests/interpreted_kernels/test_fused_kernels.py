@@ -16,8 +16,8 @@ from transformers import Mamba2Model
 from transformers.models.mamba2 import modeling_mamba2
 
 from transformers_ma2mba import fused_layer
-from transformers_ma2mba.checkpoint_plan import kept_bytes_per_token
 from transformers_ma2mba.fused_layer import FusedLayer, why_not_fused
+from transformers_ma2mba.memory_model import kept_bytes_per_token
 from transformers_ma2mba.multi_axis_checkpointing import enable_multi_axis_checkpointing
 from transformers_ma2mba.recurrent_state import LayerState, carried_cache, read_state, write_state
 from transformers_ma2mba.ssd_scan import ssd_scan

@@ -1,0 +1,80 @@
+"""The memory model of MA-GC against the paper's figures and a stock block."""
+
+import itertools
+
+import pytest
+import torch
+from tiny import tiny_text_config
+from transformers.models.mamba2 import modeling_mamba2
+
+from transformers_ma2mba.configuration_ma2mba import Ma2mbaConfig
+from transformers_ma2mba.memory_model import indexable_tokens, kept_bytes_per_token, paper_constants, paper_memory
+from transformers_ma2mba.recurrent_state import carried_cache, read_state, write_state
+from transformers_ma2mba.ssd_scan import install_scan_dispatcher
+
+GiB = 2**30
+
+
+@pytest.fixture(scope="module")
+def large():
+    return Ma2mbaConfig.from_preset("3.1b")
+
+
+@pytest.mark.parametrize(
+    ("preset", "constants"),
+    [
+        ("0.7b", (1024, 269_056, 6_432, 264_448)),
+        ("1.8b", (2048, 537_344, 12_608, 528_640)),
+        ("3.1b", (2560, 671_488, 15_696, 660_736)),
+    ],
+)
+def test_constants_are_those_of_table_7(preset, constants):
+    assert paper_constants(Ma2mbaConfig.from_preset(preset)) == constants
+
+
+def test_formula_gives_the_figure_of_the_paper(large):
+    intervals = itertools.product(range(1, 65), range(256, 2**14, 256))
+    layer_interval, sequence_interval = min(intervals, key=lambda cell: paper_memory(large, 2**19, *cell))
+    elements = paper_memory(large, 2**19, layer_interval, sequence_interval)
+    assert round(2 * elements / GiB, 1) == 17.4
+    assert (layer_interval, sequence_interval) == (28, 7168)
+
+
+@pytest.mark.parametrize("residual_in_fp32", [True, False], ids=["residual32", "residual"])
+@pytest.mark.parametrize("n_groups", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_stock_block_keeps_what_the_formula_says(dtype, n_groups, residual_in_fp32):
+    tokens = 1024
+    config = tiny_text_config(
+        hidden_size=96, head_dim=24, num_heads=8, n_groups=n_groups, residual_in_fp32=residual_in_fp32
+    )
+    install_scan_dispatcher()
+    block = modeling_mamba2.Mamba2Block(config, layer_idx=0).to(dtype).train()
+    cache = carried_cache(1)
+    with torch.no_grad():
+        block(torch.randn(1, 8, config.hidden_size, dtype=dtype), cache_params=cache)
+    state = read_state(cache.layers[0])
+    write_state(cache.layers[0], type(state)(*(tensor.requires_grad_() for tensor in state)))
+
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    row_dtype = torch.float32 if residual_in_fp32 else dtype
+    hidden_states = torch.randn(1, tokens, config.hidden_size, dtype=row_dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = block(hidden_states, cache_params=cache, lean_scan=True)
+    assert output.dtype == row_dtype
+    assert sum(kept.values()) == pytest.approx(tokens * kept_bytes_per_token(config, dtype), rel=0.01)
+
+
+def test_a_piece_for_the_27b_is_shorter_than_what_crashed(large):
+    """mamba-ssm's kernels were seen to fail past about 203,000, 252,000 and 490,000 tokens."""
+    assert 150_000 < indexable_tokens(large, 1) < 203_000
+    assert indexable_tokens(Ma2mbaConfig.from_preset("1.8b"), 1) < 252_000
+    assert indexable_tokens(Ma2mbaConfig.from_preset("0.7b"), 1) < 490_000
