@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from kept_memory import kept_beside
 from tiny import tiny_text_config
 from transformers.models.mamba2 import modeling_mamba2
 
@@ -56,18 +57,9 @@ def test_a_stock_block_keeps_what_the_formula_says(dtype, n_groups, residual_in_
     state = read_state(cache.layers[0])
     write_state(cache.layers[0], type(state)(*(tensor.requires_grad_() for tensor in state)))
 
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     row_dtype = torch.float32 if residual_in_fp32 else dtype
     hidden_states = torch.randn(1, tokens, config.hidden_size, dtype=row_dtype, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with kept_beside(block) as kept:
         output = block(hidden_states, cache_params=cache, lean_scan=True)
     assert output.dtype == row_dtype
     assert sum(kept.values()) == pytest.approx(tokens * kept_bytes_per_token(config, dtype), rel=0.01)

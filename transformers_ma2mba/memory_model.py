@@ -285,6 +285,7 @@ def memory_parts(
 
 
 def device_and_host(offload, parts):
+    """Bytes that the parts of a plan's memory come to, on the device and on the host."""
     waiting = parts["hidden_border_bytes"] + parts["state_border_bytes"] + parts["row_bytes"]
     passing = parts["segment_bytes"] + parts["cell_bytes"] + parts["accumulator_bytes"]
     return (passing, waiting) if offload else (waiting + passing, 0)

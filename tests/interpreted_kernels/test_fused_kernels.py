@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from double_precision import compute_in_double
+from kept_memory import kept_beside
 from tiny import tiny_text_config
 from transformers import Mamba2Model
 from transformers.models.mamba2 import modeling_mamba2
@@ -178,21 +179,12 @@ def test_a_state_that_is_given(options, in_double, calls):
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 def test_a_fused_layer_keeps_what_the_plan_says(dtype):
     model = trunk(dtype, residual_in_fp32=True)
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def kept_bytes(length):
         cache = carried_cache(1)
         write_state(cache.layers[0], random_state(model.config, dtype))
-        kept = {}
-
-        def keep(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
         rows = torch.randn(2, length, CONFIG["hidden_size"], device=DEVICE, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with kept_beside(model) as kept:
             output = FusedLayer(model.layers[0])(rows, cache_params=cache)
         assert output.dtype == torch.float32
         return sum(kept.values())
