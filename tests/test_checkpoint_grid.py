@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import itertools
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_text_config
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, Mamba2ForCausalLM, Mamba2Model
 
 from transformers_ma2mba import checkpoint_grid
@@ -269,9 +271,14 @@ class KeptWhole:
 
     @staticmethod
     def apply(walk, hidden_states, *tensors):
-        states, _ = checkpoint_grid._split_states(walk, tensors)
+        states = [LayerState()] * len(walk.layers)
+        _, random_state, *_ = walk.first_segment
+        walk.random.restore(random_state)
         with walk.as_in_forward():
-            output, final = walk.run(hidden_states, states)
+            pieces = checkpoint_grid.Pieces(hidden_states, walk.segments, walk.copies)
+            rows, following = walk.run_cell(range(len(walk.layers)), 0, pieces.take(0), states)
+            walk.first_segment = (pieces, random_state, walk.finish(0, rows), following)
+            output, final = walk.run(hidden_states.shape[:2], states)
         return output, *(tensor for state in final for tensor in state if walk.final_state)
 
 
@@ -548,3 +555,92 @@ def test_the_first_version_of_fsdp_is_refused():
     model.layers[1].parameters = lambda: iter(())  # they are tensors then, parts of a flat one
     with pytest.raises(RuntimeError, match="fsdp_version: 2"):
         model(inputs_embeds=torch.randn(1, 8, WIDTH, dtype=torch.float64))
+
+
+def pruned(model):
+    model.layers = model.layers[1::2]
+    return model
+
+
+def reversed_layers(model):
+    model.layers = nn.ModuleList(reversed(model.layers))
+    return model
+
+
+def doubled(model):
+    """Copies of two layers behind them, with the numbers of the originals."""
+    model.layers = nn.ModuleList([*model.layers[:3], *copy.deepcopy(model.layers[1:3]), *model.layers[3:]])
+    return model
+
+
+def repeated(model):
+    """One layer in two places: the same weights."""
+    model.layers.append(model.layers[0])
+    return model
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("change", [pruned, reversed_layers, doubled, repeated])
+def test_layers_whose_place_is_not_their_number(change, order):
+    model = change(trunk())
+    embeds = torch.randn(2, 19, WIDTH, dtype=torch.float64)
+    expected = step(model, embeds)
+    for layer_interval in (1, 2, 9):
+        assert_same(step(checkpointed(model, layer_interval, 4, order), embeds), expected)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_state_is_where_the_layer_looks_for_it(order):
+    """In a cache as long as the model was before it was pruned."""
+    model = pruned(trunk())
+    embeds = torch.randn(2, 19, WIDTH, dtype=torch.float64)
+    expected = step(model, embeds, with_state=True)
+    assert any(tensor is not None for name, tensor in expected.items() if name.startswith("initial state"))
+    assert_same(step(checkpointed(model, 1, 4, order), embeds, with_state=True), expected)
+
+
+def test_a_state_without_a_place_of_its_own_is_refused():
+    embeds = torch.randn(2, 19, WIDTH, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"layers\.1 and layers\.3 both keep their state under layer_idx 1 .* own"):
+        step(checkpointed(doubled(trunk()), 2, 4), embeds, with_state=True)
+    model = checkpointed(pruned(trunk()), 2, 4)
+    model.config.num_hidden_layers = 2
+    with pytest.raises(ValueError, match=r"layers\.1 has its state under layer_idx 3 .* ends at 1"):
+        step(model, embeds, with_state=True)
+
+
+@contextmanager
+def each_tensor_once():
+    """Gives what autograd keeps back to whoever asks first, and to nobody else."""
+    given = []
+
+    def unpack(packed):
+        assert packed, "asked for twice"
+        given.append(None)
+        return packed.pop()
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: [tensor], unpack):
+        yield given
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_kept_tensors_are_asked_for_once(order):
+    model = checkpointed(trunk(), 2, 4, order)
+    embeds = torch.randn(2, 19, WIDTH, dtype=torch.float64)
+    expected = step(model, embeds, left_padding([19, 9], 19), with_state=True)
+    with each_tensor_once() as given:
+        assert_same(step(model, embeds, left_padding([19, 9], 19), with_state=True), expected, tolerance=0)
+    assert given
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_inside_checkpoints_of_pytorch_and_with_tensors_saved_on_the_cpu(order):
+    model = trunk()
+    embeds = torch.randn(2, 19, WIDTH, dtype=torch.float64)
+    expected = step(model, embeds)
+    grid = checkpointed(model, 2, 4, order)
+    forward = grid.forward
+    with torch.autograd.graph.save_on_cpu():
+        assert_same(step(grid, embeds), expected)
+    grid.forward = lambda **inputs: checkpoint(forward, use_reentrant=False, **inputs)
+    assert_same(step(grid, embeds), expected)

@@ -31,10 +31,11 @@ from torch import nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import Cache
 
+from .captured_tensors import CapturedTensors, unknown_leaves
 from .checkpoint_plan import CheckpointPlan
 from .gradient_sums import GradientSums
 from .host_copies import HostCopies, Pieces
-from .recurrent_state import LayerState, carried_cache, own, read_state, write_state
+from .recurrent_state import LayerState, cache_for, cache_layers_of, own, read_state, write_state
 from .sharded_modules import call_through_hooks, plain_forward
 
 
@@ -109,7 +110,7 @@ class _RandomState:
 
 
 @contextmanager
-def _without_hooks(parameters: list[nn.Parameter]):
+def _without_hooks(parameters: list[torch.Tensor]):
     """Holds back the gradient hooks of parameters: they are for the gradient, not for each cell's share of it."""
     hooks = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
     for parameter, _ in hooks:
@@ -127,7 +128,7 @@ class _Walk:
 
     layers: list[nn.Module]
     forwards: list[Callable]  # how each layer, and last the final norm, is called
-    first: int  # index of the lowest layer in the model, and so in its cache
+    first: int  # index of the lowest layer in the model
     groups: list[range]  # cells, from the lowest, as indices into `layers`
     segments: list[tuple[int, int]]
     state_interval: int  # segments from one that has its states kept to the next
@@ -142,21 +143,9 @@ class _Walk:
 
     def __post_init__(self):
         self.device = self.copies.device
-        self.cache = carried_cache(self.first + len(self.layers))
-        self.parameters = [
-            [parameter for layer in self.layers[group.start : group.stop] for parameter in layer.parameters()]
-            for group in self.groups
-        ]
-        if self.embedding is not None:
-            self.parameters[0] += self.embedding.parameters()
-        if self.final_norm is not None:
-            self.parameters[-1] += self.final_norm.parameters()
-        # A parameter of several layers has its place in each of their groups, and in the list of all of them once.
-        self.parameters = [
-            list(dict.fromkeys(parameter for parameter in parameters if parameter.requires_grad))
-            for parameters in self.parameters
-        ]
-        self.all_parameters = list(dict.fromkeys(itertools.chain(*self.parameters)))
+        self.caches = [cache_for(layer) for layer in self.layers]
+        self.captured = [self._capture(group) for group in self.groups]
+        self.embedded = CapturedTensors({} if self.embedding is None else {"embeddings": self.embedding})
         self.masks = [None] * len(self.segments)
         if self.attention_mask is not None:
             padded = (self.attention_mask == 0).any(0).tolist()
@@ -180,6 +169,30 @@ class _Walk:
             for kind in {self.device.type, "cpu"}
         }
         self.random = _RandomState(self.device)
+        self.first_segment = None
+
+    def _capture(self, group: range) -> CapturedTensors:
+        modules = {f"layers.{self.first + index}": self.layers[index] for index in group}
+        if group.stop == len(self.layers) and self.final_norm is not None:
+            modules["norm_f"] = self.final_norm
+        return CapturedTensors(modules)
+
+    def name_of(self, group: range) -> str:
+        return f"layers.{self.first + group.start} to layers.{self.first + group.stop - 1}"
+
+    @property
+    def trainable(self) -> list[torch.Tensor]:
+        """All that wants a gradient, each once, whichever cells it is of."""
+        captured = [*self.captured, self.embedded]
+        return list(dict.fromkeys(itertools.chain(*(tensors.trainable for tensors in captured))))
+
+    @contextmanager
+    def as_captured(self):
+        """Has the modules hold the tensors of the forward pass, which must be as they were."""
+        with ExitStack() as stack:
+            for tensors in (*self.captured, self.embedded):
+                stack.enter_context(tensors)
+            yield
 
     @contextmanager
     def as_in_forward(self):
@@ -190,22 +203,24 @@ class _Walk:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
             yield
 
+    def enter(self, inputs):
+        """The rows that enter the lowest layer: a segment of the inputs, looked up if they are token ids."""
+        return inputs if self.embedding is None else self.embedding(inputs)
+
     def run_cell(self, group: range, segment: int, hidden_states_BTD, states: list[LayerState]):
         """One cell, from its borders to the opposite ones."""
         for index, state in zip(group, states, strict=True):
-            write_state(self.cache.layers[self.first + index], state)
-        if group.start == 0 and self.embedding is not None:
-            hidden_states_BTD = self.embedding(hidden_states_BTD)
+            write_state(self.caches[index].layers[-1], state)
         for index in group:
             hidden_states_BTD = self.forwards[index](
                 hidden_states_BTD,
-                cache_params=self.cache,
+                cache_params=self.caches[index],
                 attention_mask=self.masks[segment],
                 **self.layer_kwargs,
             )
         states = []
         for index in group:
-            layer = self.cache.layers[self.first + index]
+            layer = self.caches[index].layers[-1]
             states.append(read_state(layer))
             write_state(layer, LayerState())
         return hidden_states_BTD, states
@@ -219,22 +234,48 @@ class _Walk:
             hidden_states_BTD = self.forwards[-1](hidden_states_BTD)
         return hidden_states_BTD
 
-    def run(self, hidden_states, states: list[LayerState], each_segment=None):
-        """The whole walk, one segment after the other; returns the output and the final states.
+    def run_first_segment(self, hidden_states, states: list[LayerState]):
+        """Runs the first segment before all others, and captures on the way whatever it depends on. `run` goes on from
+        there."""
+        random_state = self.random.record()
+        pieces = Pieces(hidden_states.detach(), self.segments, self.copies)
+        states = [LayerState(*(tensor if tensor is None else tensor.detach() for tensor in state)) for state in states]
+        with torch.no_grad(), self.as_in_forward():
+            rows, following = self.enter(pieces.take(0, 1)), []
+            for group, captured in zip(self.groups, self.captured, strict=True):
 
-        `each_segment(index, states)` is called before each segment with the states that enter it.
+                def run(group=group, rows=rows):
+                    rows, after = self.run_cell(group, 0, rows, states[group.start : group.stop])
+                    if group.stop == len(self.layers):
+                        rows = self.finish(0, rows)
+                    return rows, *itertools.chain(*after)
+
+                rows, *after = captured.find_others(run, self.name_of(group))
+                following += [LayerState(*pair) for pair in zip(after[::2], after[1::2], strict=True)]
+        self.first_segment = (pieces, random_state, rows, following)
+
+    def run(self, shape, states: list[LayerState], each_segment=None):
+        """The whole walk, one segment after the other, the first of which has run already.
+
+        Args:
+            shape: `(batch_size, sequence_length)`.
+            states: those that entered the first segment.
+            each_segment: called with each segment's index, the states that enter it and the random state before it.
+
+        Returns:
+            The output, and the states after the last segment.
         """
-        everything = range(len(self.layers))
-        pieces = Pieces(hidden_states, self.segments, self.copies)
-        output = None
+        (pieces, random_state, rows, following), self.first_segment = self.first_segment, None
+        output = self._output(shape, rows)
         for segment, (start, stop) in enumerate(self.segments):
-            rows = pieces.take(segment, segment + 1)
+            if segment > 0:
+                random_state = self.random.record()
+                rows = self.enter(pieces.take(segment, segment + 1))
+                rows, following = self.run_cell(range(len(self.layers)), segment, rows, states)
+                rows = self.finish(segment, rows)
             if each_segment is not None:
-                each_segment(segment, states)
-            rows, states = self.run_cell(everything, segment, rows, states)
-            rows = self.finish(segment, rows)
-            if output is None:
-                output = self._output(hidden_states.shape[:2], rows)
+                each_segment(segment, states, random_state)
+            states = following
             if self.kept_rows is None:
                 self.copies.store(output[:, start:stop], rows)
             else:
@@ -257,20 +298,28 @@ class _MultiAxisCheckpoint(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, walk: _Walk, hidden_states, *tensors):
-        initial, has_state = _split_states(walk, tensors)
+        """
+        Args:
+            walk: its first segment has run.
+            hidden_states: `(batch_size, sequence_length, width)`, or token ids.
+            tensors: the initial states, two a layer if there are any, and then all that is trained.
+        """
+        tensors = tensors[: len(tensors) - len(walk.trainable)]
+        states = _as_states(tensors) or [LayerState()] * len(walk.layers)
         borders = _StateBorders(walk.copies, len(walk.segments), walk.state_interval)
         random_states = []
 
-        def keep(segment, states):
-            random_states.append(walk.random.record())
+        def keep(segment, states, random_state):
+            random_states.append(random_state)
             borders.keep(segment, states)
 
         with walk.as_in_forward():
-            output, final = walk.run(hidden_states, initial, keep)
+            output, final = walk.run(hidden_states.shape[:2], states, keep)
 
-        ctx.walk, ctx.borders, ctx.random_states = walk, borders, random_states
-        ctx.num_initial = 2 * len(initial) if has_state else 0
-        ctx.save_for_backward(*tensors[: ctx.num_initial], hidden_states, *borders.tensors)
+        ctx.walk, ctx.borders, ctx.random_states, ctx.num_initial = walk, borders, random_states, len(tensors)
+        # The mask is the last, so that autograd sees whether it was written into.
+        mask = () if walk.attention_mask is None else (walk.attention_mask,)
+        ctx.save_for_backward(*tensors, hidden_states, *borders.tensors, *mask)
         borders.tensors = []
         ctx.set_materialize_grads(False)
         return output, *(own(tensor) for state in final for tensor in state if walk.final_state)
@@ -283,7 +332,12 @@ class _MultiAxisCheckpoint(torch.autograd.Function):
                 "create_graph=True, or disable gradient checkpointing."
             )
         walk, copies = ctx.walk, ctx.walk.copies
-        hidden_states = ctx.saved_tensors[ctx.num_initial]
+        # Asked for once: whoever packed them may give each but once, or copy it every time.
+        saved = list(ctx.saved_tensors)
+        if walk.attention_mask is not None:
+            saved.pop()
+        initial, (hidden_states, *ctx.borders.tensors) = saved[: ctx.num_initial], saved[ctx.num_initial :]
+        del saved
         wants_rows = ctx.needs_input_grad[1]
         grad_rows = None
         if wants_rows:
@@ -294,38 +348,39 @@ class _MultiAxisCheckpoint(torch.autograd.Function):
         pieces = None
         if grad_output is not None and walk.kept_rows is None:
             pieces = Pieces(grad_output, walk.segments, copies)
-        sums = GradientSums(walk.all_parameters)
+        sums, nothing_restored = GradientSums(walk.trainable), True
         grad_states = list(grad_final) or [None] * (2 * len(walk.layers))
 
-        with walk.random.untouched():
-            for segment, rows, states in _segments_backwards(ctx):
+        with walk.random.untouched(), walk.as_captured():
+            for segment, inputs, states in _segments_backwards(ctx, hidden_states, initial):
                 if pieces is not None:
                     grad = pieces.take(segment, segment - 1)
                 else:
                     grad = _gradient_of_kept_rows(walk, segment, grad_output)
-                random_state = ctx.random_states[segment]
-                grad, grad_states = _restore_segment(
-                    walk, segment, rows, states, random_state, grad, grad_states, sums, wants_rows
-                )
+                if grad is not None or any(gradient is not None for gradient in grad_states):
+                    nothing_restored = False
+                    random_state = ctx.random_states[segment]
+                    grad, grad_states = _restore_segment(
+                        walk, segment, inputs, states, random_state, grad, grad_states, sums, wants_rows
+                    )
                 if wants_rows:
                     start, stop = walk.segments[segment]
                     if grad is None:
-                        grad = rows.new_zeros(rows.shape)
+                        grad = inputs.new_zeros(inputs.shape)
                     copies.store(grad_rows[:, start:stop], grad.to(grad_rows.dtype))
                 copies.end_segment()
         copies.finish()
-        return None, grad_rows, *grad_states[: ctx.num_initial], *sums.totals()
+        totals = sums.totals()
+        if nothing_restored:
+            # No row is wanted. The plain run gives zeros then, and other processes wait for them.
+            totals = [torch.zeros_like(tensor) for tensor in walk.trainable]
+        return None, grad_rows, *grad_states[: ctx.num_initial], *totals
 
 
-def _segments_backwards(ctx):
-    """Each segment from the last to the first, its rows, and the states that enter it."""
+def _segments_backwards(ctx, hidden_states, initial):
+    """Each segment from the last to the first, its inputs, and the states that enter it."""
     walk, borders = ctx.walk, ctx.borders
-    initial, (hidden_states, *borders.tensors) = (
-        ctx.saved_tensors[: ctx.num_initial],
-        ctx.saved_tensors[ctx.num_initial :],
-    )
-    first = [LayerState(*pair) for pair in zip(initial[::2], initial[1::2], strict=True)]
-    first = first or [LayerState()] * len(walk.layers)
+    first = _as_states(initial) or [LayerState()] * len(walk.layers)
 
     def fetch_states(segment):
         return borders.fetch(segment) if segment > 0 else lambda: first
@@ -341,7 +396,7 @@ def _segments_backwards(ctx):
         for segment in range(start, last):
             walk.random.restore(ctx.random_states[segment])
             with torch.no_grad(), walk.as_in_forward():
-                rows = pieces.take(segment, segment + 1)
+                rows = walk.enter(pieces.take(segment, segment + 1))
                 _, following = walk.run_cell(range(len(walk.layers)), segment, rows, states[-1])
             states.append([LayerState(*map(own, state)) for state in following])
         for segment in reversed(range(start, last + 1)):
@@ -349,12 +404,8 @@ def _segments_backwards(ctx):
     borders.tensors = []
 
 
-def _split_states(walk: _Walk, tensors) -> tuple[list[LayerState], bool]:
-    """Initial states out of the Function's inputs, which end with the parameters."""
-    tensors = tensors[: len(tensors) - len(walk.all_parameters)]
-    if not tensors:
-        return [LayerState()] * len(walk.layers), False
-    return [LayerState(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)], True
+def _as_states(tensors) -> list[LayerState]:
+    return [LayerState(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
 
 
 def _gradient_of_kept_rows(walk: _Walk, segment: int, grad_output):
@@ -363,18 +414,17 @@ def _gradient_of_kept_rows(walk: _Walk, segment: int, grad_output):
     return grad_output[places] if len(places) else None
 
 
-def _restore_segment(walk, segment, rows, states, random_state, grad, grad_states, sums, wants_rows):
+def _restore_segment(walk, segment, inputs, states, random_state, grad, grad_states, sums, wants_rows):
     """Restores the cells of one segment from the highest to the lowest, and empties `grad_states` on the way.
 
     Returns:
-        The gradients of `rows` and, layer by layer, of `states`; None where there is none.
+        The gradients of `inputs` and, layer by layer, of `states`; None where there is none.
     """
-    if grad is None and all(gradient is None for gradient in grad_states):
-        return None, grad_states  # nothing that is wanted depends on this segment
     walk.random.restore(random_state)
-    borders = [(rows, random_state)]
+    borders = [(inputs, random_state)]
     with torch.no_grad(), walk.as_in_forward():
         for group in walk.groups[:-1]:
+            rows = borders[-1][0] if group.start else walk.enter(inputs)
             rows, _ = walk.run_cell(group, segment, rows, states[group.start : group.stop])
             borders.append((rows, walk.random.record()))
 
@@ -382,7 +432,10 @@ def _restore_segment(walk, segment, rows, states, random_state, grad, grad_state
     for position, group in reversed(list(enumerate(walk.groups))):
         rows, random_state = borders.pop()
         walk.random.restore(random_state)
-        rows = rows.detach().requires_grad_(wants_rows or position > 0)
+        if position == 0:
+            rows = walk.enter(rows)
+        wants_this = position > 0 or wants_rows or bool(walk.embedded.trainable)
+        rows = rows.detach().requires_grad_(wants_this)
         before = [
             LayerState(*(tensor if tensor is None else tensor.detach().requires_grad_() for tensor in state))
             for state in states[group.start : group.stop]
@@ -400,16 +453,22 @@ def _restore_segment(walk, segment, rows, states, random_state, grad, grad_state
             if gradient is not None and tensor.requires_grad
         ]
         tensors_before = [tensor for state in before for tensor in state if tensor is not None]
-        parameters = walk.parameters[position]
-        inputs = [*([rows] if rows.requires_grad else []), *tensors_before, *parameters]
+        parameters = walk.captured[position].trainable
+        wanted = [*([rows] if rows.requires_grad else []), *tensors_before, *parameters]
         del after, states_after, grad_after
-        if not pairs or not inputs:
+        if not pairs or not wanted:
             grad = None
             continue
         outputs, grad_outputs = zip(*pairs, strict=True)
         del pairs
+        where = walk.name_of(group)
+        if unknown_leaves(outputs, wanted, where):
+            raise RuntimeError(
+                f"{where} depend on a tensor that wants a gradient and that the forward pass did not use on the first "
+                f"segment of the sequence: a hook or closure must use the same ones at each call."
+            )
         with _without_hooks(parameters):
-            gradients = iter(torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True))
+            gradients = iter(torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True))
         del outputs, grad_outputs
         grad = next(gradients) if rows.requires_grad else None
         if tensors_before:
@@ -418,6 +477,10 @@ def _restore_segment(walk, segment, rows, states, random_state, grad, grad_state
             ]
         for parameter in parameters:
             sums.add(parameter, next(gradients))
+    if walk.embedded.trainable and grad is not None:
+        (weight,) = walk.embedded.trainable
+        sums.add_rows(weight, inputs, grad, walk.embedding.padding_idx)
+        grad = None  # token ids have none
     return grad, grad_before
 
 
@@ -452,12 +515,14 @@ def run_checkpointed(
         `(batch_size, sequence_length, hidden_size)`, or `(num_rows, hidden_size)` with `rows_to_keep`.
 
     Raises:
-        ValueError: if a single token is to continue a state.
+        ValueError: if a single token is to continue a state, or the cache has no place for a layer's own.
+        RuntimeError: if a layer depends on a tensor that wants a gradient and that was computed elsewhere.
     """
     sequence_length = hidden_states.shape[1]
-    states = [LayerState()] * len(layers)
+    states, cached = [LayerState()] * len(layers), []
     if cache_params is not None:
-        states = [read_state(layer) for layer in cache_params.layers]
+        cached = cache_layers_of(cache_params, layers)
+        states = [read_state(layer) for layer in cached]
         if sequence_length == 1 and states[0].conv is not None:
             raise ValueError(
                 "Multi-axis gradient checkpointing cannot train on a single token that continues a state: "
@@ -469,7 +534,8 @@ def run_checkpointed(
     forwards = [plain_forward(layer) for layer in layers] if forwards is None else forwards
     if final_norm is not None:
         forwards = [*forwards, plain_forward(final_norm)]
-    device = next(layers[0].parameters()).device if plan.offload else hidden_states.device
+    # With offload, rows may wait in host memory from the start. A replica of DataParallel shows no parameters.
+    device = next(layers[0].parameters(), hidden_states).device if plan.offload else hidden_states.device
     copies = HostCopies(device, plan.offload)
     if embedding is None:
         hidden_states = copies.to_host(hidden_states)
@@ -496,18 +562,19 @@ def run_checkpointed(
                 final_state=cache_params is not None,
                 layer_kwargs=layer_kwargs,
             )
-            tensors = [hidden_states, *states, *walk.all_parameters]
+            walk.run_first_segment(hidden_states, _as_states(states) or [LayerState()] * len(chosen))
+            tensors = [hidden_states, *states, *walk.trainable]
             if not any(tensor.requires_grad for tensor in tensors):  # frozen layers below the first that is trained
-                with torch.no_grad():
-                    states = _split_states(walk, tensors[1:])[0]
-                    hidden_states, states = walk.run(hidden_states, states)
+                with torch.no_grad(), walk.as_in_forward():
+                    states = _as_states(states) or [LayerState()] * len(chosen)
+                    hidden_states, states = walk.run(hidden_states.shape[:2], states)
                     return hidden_states, *(itertools.chain(*states) if walk.final_state else ())
             return _MultiAxisCheckpoint.apply(walk, *tensors)
 
         initial = [tensor for state in states[group.start : group.stop] for tensor in state if tensor is not None]
         hidden_states, *final = call_through_hooks(modules, run, hidden_states, *initial)
         for index, *state in zip(group, final[::2], final[1::2], strict=False):  # `final` is empty without a cache
-            write_state(cache_params.layers[index], LayerState(*state))
+            write_state(cached[index], LayerState(*state))
     return hidden_states
 
 

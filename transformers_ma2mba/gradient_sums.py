@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
 
 _NUMBERS_AT_ONCE = 2**22  # that are float32 on the way
 
@@ -34,15 +33,18 @@ class GradientSums:
     """The gradients of parameters, summed cell by cell.
 
     A half-precision sum would round away what is small beside it. So it has a second number of that precision, for
-    what the first cannot hold: as much memory as float32 takes, but the first is the gradient as it is wanted.
+    what the first cannot hold: as much memory as float32 takes, but the first is the gradient as it is wanted. The sum
+    of an embedding's rows is float32 itself: few of its rows change at a time.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]):
+    def __init__(self, parameters: Iterable[torch.Tensor]):
         self.sums = dict.fromkeys(parameters)
         self.rests = {}  # of sums in half precision
+        self.rows = {}  # of embeddings, at least float32
         self.borrowed = set()  # sums that are still autograd's tensor, which may be another gradient too
 
-    def add(self, parameter: nn.Parameter, gradient: torch.Tensor | None):
+    def add(self, parameter: torch.Tensor, gradient: torch.Tensor | None):
+        """Adds one cell's share to a parameter's sum; both have the parameter's shape and dtype. None adds nothing."""
         if gradient is None:
             return
         total = self.sums[parameter]
@@ -61,9 +63,26 @@ class GradientSums:
         add = _kernel(total.device) if total.is_cuda else None
         (add or compensated_add)(total, self.rests[parameter], gradient)
 
+    def add_rows(self, weight: torch.Tensor, token_ids: torch.Tensor, gradient: torch.Tensor, padding_idx: int | None):
+        """Adds the gradient of embeddings that were looked up, without a share as large as the vocabulary.
+
+        Args:
+            weight: `(vocab_size, hidden_size)`.
+            token_ids: `(batch_size, tokens)`.
+            gradient: `(batch_size, tokens, hidden_size)`.
+            padding_idx: the token whose embedding is never learned, if there is one.
+        """
+        if weight not in self.rows:
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            self.rows[weight] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        token_ids, gradient = token_ids.flatten(), gradient.flatten(0, 1).to(self.rows[weight].dtype)
+        if padding_idx is not None:
+            gradient = gradient.masked_fill((token_ids == padding_idx)[:, None], 0.0)
+        self.rows[weight].index_add_(0, token_ids, gradient)
+
     def totals(self) -> list[torch.Tensor | None]:
         """The sums in the order of the parameters; None for one that nothing was added to."""
-        if not any(total is not None for total in self.sums.values()):
-            # Nothing that is wanted depends on them. The plain run gives zeros, and other processes wait for them.
-            return [torch.zeros_like(parameter) for parameter in self.sums]
+        for weight in list(self.rows):
+            total = self.rows.pop(weight)
+            self.add(weight, total.to(weight.dtype))
         return list(self.sums.values())

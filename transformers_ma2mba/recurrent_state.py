@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import Cache
 from transformers.cache_utils import LinearAttentionLayer
 
@@ -51,6 +52,46 @@ class CarriedLayer(LinearAttentionLayer):
 def carried_cache(num_layers: int) -> Cache:
     """An empty cache whose states may be differentiated."""
     return Cache(layers=[CarriedLayer() for _ in range(num_layers)])
+
+
+def cache_for(layer: nn.Module) -> Cache:
+    """An empty cache for one layer alone, whatever index the layer asks for: its `layers[-1]` is the only one."""
+    return Cache(layers=[CarriedLayer()] * (cache_index(layer) + 1))
+
+
+def cache_index(layer: nn.Module) -> int:
+    """Where in a model's cache a layer has its state. In a model that was pruned or had layers doubled, that need not
+    be the layer's place in the stack.
+
+    Raises:
+        ValueError: if the layer does not say.
+    """
+    for module in (getattr(layer, "mixer", None), layer):
+        index = getattr(module, "layer_idx", None)
+        if index is not None:
+            return index
+    raise ValueError(f"{type(layer).__name__} has no layer_idx, which says where in a cache its state is.")
+
+
+def cache_layers_of(cache: Cache, layers: Sequence[nn.Module]) -> list[LinearAttentionLayer]:
+    """The layers of a model's cache that hold the states of a stack of layers, in the order of the stack.
+
+    Raises:
+        ValueError: if two layers have the same, or one has none.
+    """
+    indices = [cache_index(layer) for layer in layers]
+    for place, index in enumerate(indices):
+        if index in indices[:place]:
+            raise ValueError(
+                f"layers.{indices.index(index)} and layers.{place} both keep their state under layer_idx {index} of a "
+                f"cache: give each block's mixer a layer_idx of its own."
+            )
+        if index >= len(cache.layers):
+            raise ValueError(
+                f"layers.{place} has its state under layer_idx {index} of a cache, and this one ends at "
+                f"{len(cache.layers) - 1}: number the blocks' mixers anew, or make a cache that is long enough."
+            )
+    return [cache.layers[index] for index in indices]
 
 
 def read_state(layer: LinearAttentionLayer) -> LayerState:
