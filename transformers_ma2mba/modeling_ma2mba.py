@@ -5,6 +5,7 @@ K supervised positions, V vocabulary.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +20,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Output
 from transformers.utils import ModelOutput
 
+from .captured_tensors import CapturedTensors
 from .checkpoint_grid import segment_bounds
 from .configuration_ma2mba import Ma2mbaConfig
 from .memory_model import indexable_tokens
@@ -28,7 +30,7 @@ from .multi_axis_checkpointing import (
     enable_multi_axis_checkpointing,
     is_multi_axis_checkpointed,
 )
-from .sharded_modules import is_sharded, most_of_all_processes
+from .sharded_modules import is_sharded, max_over_processes, processes_in_step
 
 
 @dataclass
@@ -226,9 +228,18 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
     def _encode_in_pieces(self, pixels: torch.Tensor, frames_per_piece=None) -> BaseModelOutputWithPooling:
         encode = self._encode_frames
         if self.training and torch.is_grad_enabled() and is_multi_axis_checkpointed(self):
-            encode = partial(checkpoint, encode, use_reentrant=False)
+            encode = partial(checkpoint, encode, use_reentrant=False, **self._as_encoded_now())
         pieces = [encode(piece) for piece in pixels.split(frames_per_piece or self.config.frames_per_vision_pass)]
         return BaseModelOutputWithPooling(pooler_output=pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+
+    def _as_encoded_now(self) -> dict:
+        """Has a checkpoint encode again with the tensors that the vision modules have now. Those of sharded modules
+        come and go, and a compiled graph has its own."""
+        if torch.compiler.is_compiling() or any(map(is_sharded, self.modules())):
+            return {}
+        modules = {"vision_tower": self.vision_tower, "multi_modal_projector": self.multi_modal_projector}
+        captured = CapturedTensors(modules)
+        return {"context_fn": lambda: (nullcontext(), captured)}
 
     def _place_features(self, inputs_embeds_BTD, input_ids_BT, features_FND, token_id, name):
         """Puts vision tokens where the placeholders are, in order."""
@@ -260,7 +271,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         if own == 0 and self.training and torch.is_grad_enabled():
             needed = int(any(parameter.requires_grad for module in modules for parameter in module.parameters(False)))
         if any(map(is_sharded, modules)):
-            needed = most_of_all_processes(needed, device)
+            (needed,) = max_over_processes([needed], processes_in_step(self), device)
         return needed - own
 
     def _with_idle_pieces(self, inputs_embeds_BTD, num_pieces: int):

@@ -4,8 +4,10 @@
 does to the one inside.
 """
 
-from dataclasses import dataclass, field
-from types import MethodType
+import functools
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -16,14 +18,35 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Output
 from .checkpoint_grid import run_checkpointed
 from .checkpoint_plan import CheckpointPlan, check_interval, check_memory_budget, plan_checkpoints
 from .fused_layer import forwards_of
-from .sharded_modules import gather_at_once, is_sharded
+from .sharded_modules import gather_at_once, gather_piecemeal, is_sharded, max_over_processes, processes_in_step
 from .ssd_scan import install_scan_dispatcher
 from .stock_kernels import keep_kernels_off_the_cpu
+from .swapped_class import Swappable, is_passed_by, restore_class, swap_class
 
 keep_kernels_off_the_cpu()
 install_scan_dispatcher()
 
 _USABLE = 0.85  # of what is free: the rest is for fragments, and for what is beside the language model
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What a plan is made for."""
+
+    batch_size: int
+    sequence_length: int
+    dtype: torch.dtype
+    fused: bool
+    from_ids: bool
+
+    @classmethod
+    def of(cls, model: Mamba2Model, inputs: torch.Tensor, fused: bool) -> "_Pass":
+        """`inputs` are `(batch_size, sequence_length)` token ids or `(..., hidden_size)` rows."""
+        kind, from_ids = inputs.device.type, inputs.ndim == 2
+        dtype = (model.embeddings.weight if from_ids else inputs).dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        return cls(*inputs.shape[:2], dtype, fused, from_ids)
 
 
 @dataclass
@@ -36,6 +59,8 @@ class _Settings:
     offload: bool = False
     order: str = "auto"
     plans: dict = field(default_factory=dict)
+    gathered_at_once: list = field(default_factory=list)  # layers of which this was asked here
+    passes: int = 0  # how many there have been in the grid
 
     def __post_init__(self):
         check_interval("layer_interval", self.layer_interval)
@@ -49,40 +74,63 @@ class _Settings:
     def plan(self, model: Mamba2Model, inputs: torch.Tensor, fused: bool = False) -> CheckpointPlan:
         """The plan for a batch of `inputs`, `(batch_size, sequence_length)` token ids or `(..., hidden_size)` rows.
 
-        It is made once for each length, unless less memory than it takes is free.
+        It is made once for each length, unless less memory than it takes is free. Processes that must make the same
+        calls in the same order make the plan of the longest of their batches, in the least that is free to any.
+
+        Raises:
+            ValueError: if no plan fits the budget.
+            RuntimeError: if such processes were given different settings.
         """
-        kind, from_ids = inputs.device.type, inputs.ndim == 2
-        dtype = (model.embeddings.weight if from_ids else inputs).dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        needs = dict(dtype=dtype, fused=fused, from_ids=from_ids)
-        key = (*inputs.shape[:2], *needs.values())
-        if key not in self.plans:
+        wanted, free = _Pass.of(model, inputs, fused), _free_bytes(model)
+        groups = processes_in_step(model)
+        if groups:
+            wanted, free = self.agree(groups, inputs.device, wanted, free)
+        if wanted not in self.plans:
             if len(self.plans) == 256:  # lengths hardly ever repeat: no need to remember them all
                 self.plans.clear()
-            self.plans[key] = self._plan(model, inputs, self.memory_budget, **needs)
-        plan = self.plans[key]
-        if self.memory_budget is None:
-            free = _free_bytes(model)
-            if free is not None and plan.device_bytes > free:
-                try:
-                    plan = self._plan(model, inputs, free, **needs)
-                except ValueError:  # too little for any: the smallest has the best chance
-                    plan = self._plan(model, inputs, "minimal", **needs)
+            self.plans[wanted] = self._plan(model, wanted, self.memory_budget)
+        plan = self.plans[wanted]
+        if self.memory_budget is None and free is not None and plan.device_bytes > free:
+            try:
+                plan = self._plan(model, wanted, free)
+            except ValueError:  # too little for any: the smallest has the best chance
+                plan = self._plan(model, wanted, "minimal")
         return plan
 
-    def _plan(self, model, inputs, memory_budget, **needs) -> CheckpointPlan:
+    def agree(self, groups: list, device: torch.device, wanted: _Pass | None, free: int | None):
+        """The largest batch and the least free memory of the processes, which then make the same plan of them.
+        `wanted` is None for a pass that goes the plain way.
+
+        Raises:
+            RuntimeError: if they would not make the same plan.
+        """
+        settings = (self.layer_interval, self.sequence_interval, self.memory_budget, self.offload, self.order)
+        kind = None if wanted is None else (wanted.dtype, wanted.fused, wanted.from_ids, free is None)
+        digest = zlib.crc32(repr((settings, kind)).encode())
+        sizes = [0, 0] if wanted is None else [wanted.batch_size, wanted.sequence_length]
+        numbers = [*sizes, -(free or 0), digest, -digest]
+        batch_size, sequence_length, less, highest, lowest = max_over_processes(numbers, groups, device)
+        if highest != -lowest:
+            raise RuntimeError(
+                f"Processes that share a model's shards, or add up its gradients in the order of their arrival, must "
+                f"checkpoint each step alike, but they disagree. This one has {settings}, and "
+                f"{'takes the plain way' if wanted is None else kind}: give all of them the same settings and "
+                f"devices, and output_hidden_states to all or none."
+            )
+        if wanted is None:
+            return None, free
+        return replace(wanted, batch_size=batch_size, sequence_length=sequence_length), None if free is None else -less
+
+    def _plan(self, model, wanted: _Pass, memory_budget) -> CheckpointPlan:
         return plan_checkpoints(
             model.config,
-            sequence_length=inputs.shape[1],
             memory_budget=memory_budget,
-            batch_size=inputs.shape[0],
             offload=self.offload,
             layer_interval=self.layer_interval,
             sequence_interval=self.sequence_interval,
             order=self.order,
             parameter_dtype=model.norm_f.weight.dtype,
-            **needs,
+            **vars(wanted),
         )
 
 
@@ -158,10 +206,17 @@ def enable_multi_axis_checkpointing(
     """
     settings = _Settings(layer_interval, sequence_interval, memory_budget, offload, order)
     trunk = _mamba2_of(model)
-    gather_at_once(trunk.layers)
+    settings.gathered_at_once = gather_at_once(trunk.layers)
+    if is_multi_axis_checkpointed(trunk):
+        settings.gathered_at_once += trunk._multi_axis_checkpointing.gathered_at_once
     trunk._multi_axis_checkpointing = settings
-    # Accelerate keeps the forward that its own calls under another name.
-    setattr(trunk, "_old_forward" if "_old_forward" in vars(trunk) else "forward", MethodType(_forward, trunk))
+    swap_class(trunk, MultiAxisMamba2Model)
+    if is_passed_by(trunk):
+        disable_multi_axis_checkpointing(trunk)
+        raise ValueError(
+            f"The forward of this {type(trunk).__name__} has been replaced on the instance, which would pass by "
+            f"multi-axis gradient checkpointing: enable it before whatever replaces the forward."
+        )
     return model
 
 
@@ -169,11 +224,9 @@ def disable_multi_axis_checkpointing(model: nn.Module) -> nn.Module:
     """Gives a model its plain forward pass back. Returns the model."""
     trunk = _mamba2_of(model)
     if is_multi_axis_checkpointed(trunk):
+        gather_piecemeal(trunk._multi_axis_checkpointing.gathered_at_once)
         del trunk._multi_axis_checkpointing
-        if "_old_forward" in vars(trunk):
-            trunk._old_forward = MethodType(type(trunk).forward, trunk)
-        else:
-            del trunk.forward
+        restore_class(trunk)
     return model
 
 
@@ -200,37 +253,75 @@ def _mamba2_of(model: nn.Module) -> Mamba2Model:
     )
 
 
-def _forward(
-    self: Mamba2Model,
-    input_ids=None,
-    inputs_embeds=None,
-    cache_params=None,
-    use_cache=None,
-    output_hidden_states=None,
-    return_dict=None,
-    attention_mask=None,
-    rows_to_keep=None,
-    **kwargs,
-):
-    """`Mamba2Model.forward`, with its layers in a grid. `rows_to_keep`, `(batch_size, sequence_length)`, names rows
-    that alone are wanted: then `last_hidden_state` is `(num_rows, hidden_size)`."""
-    if output_hidden_states is None:
-        output_hidden_states = self.config.output_hidden_states
-    if not self.training or not torch.is_grad_enabled() or output_hidden_states:
-        outputs = type(self).forward(
-            self,
-            input_ids,
-            inputs_embeds=inputs_embeds,
-            cache_params=cache_params,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            attention_mask=attention_mask,
-            **kwargs,
-        )
-        if rows_to_keep is not None:
-            outputs["last_hidden_state"] = outputs.last_hidden_state[rows_to_keep]
-    else:
+class MultiAxisMamba2Model(Swappable, Mamba2Model):
+    """What stands in for `Mamba2Model` in the classes of checkpointed models: its layers in a grid."""
+
+    def forward(
+        self,
+        input_ids=None,
+        inputs_embeds=None,
+        cache_params=None,
+        use_cache=None,
+        output_hidden_states=None,
+        return_dict=None,
+        attention_mask=None,
+        rows_to_keep=None,
+        **kwargs,
+    ):
+        """`Mamba2Model.forward`, and `rows_to_keep`, `(batch_size, sequence_length)`, which names rows that alone are
+        wanted: then `last_hidden_state` is `(num_rows, hidden_size)`."""
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        settings = vars(self).get("_multi_axis_checkpointing")
+        in_grid = settings is not None and self.training and torch.is_grad_enabled()
+        if in_grid:
+            settings.passes += 1
+        if in_grid and output_hidden_states:
+            in_grid = False
+            groups = processes_in_step(self)
+            if groups:
+                settings.agree(groups, self.norm_f.weight.device, None, None)
+        if in_grid:
+            outputs = self._forward_in_grid(
+                input_ids, inputs_embeds, cache_params, use_cache, attention_mask, rows_to_keep, **kwargs
+            )
+        else:
+            outputs = super().forward(
+                input_ids,
+                inputs_embeds=inputs_embeds,
+                cache_params=cache_params,
+                use_cache=use_cache,
+                output_hidden_states=output_hidden_states,
+                return_dict=True,
+                attention_mask=attention_mask,
+                **kwargs,
+            )
+            if rows_to_keep is not None:
+                outputs["last_hidden_state"] = outputs.last_hidden_state[rows_to_keep]
+        return outputs if return_dict or (return_dict is None and self.config.return_dict) else outputs.to_tuple()
+
+    @classmethod
+    def around(cls, swapped: type, forward: Callable) -> Callable:
+        """A subclass's own forward, which must come to that of this class, or the layers would run without a grid."""
+
+        @functools.wraps(forward)
+        def around(self, *args, **kwargs):
+            settings = vars(self).get("_multi_axis_checkpointing")
+            passes = settings and settings.passes
+            outputs = super(swapped, self).forward(*args, **kwargs)
+            if settings and self.training and torch.is_grad_enabled() and settings.passes == passes:
+                raise RuntimeError(
+                    f"{type(self).__name__} has a forward of its own that does not call super().forward, where "
+                    f"multi-axis gradient checkpointing is done: call it, or disable gradient checkpointing."
+                )
+            return outputs
+
+        return around
+
+    @torch.compiler.disable
+    def _forward_in_grid(
+        self, input_ids, inputs_embeds, cache_params, use_cache, attention_mask, rows_to_keep, **kwargs
+    ) -> Mamba2Output:
         if kwargs.get("seq_idx") is not None or kwargs.get("cu_seqlens") is not None:
             raise ValueError("Multi-axis gradient checkpointing cannot keep packed sequences apart: pad them instead.")
         if (input_ids is None) == (inputs_embeds is None):
@@ -262,8 +353,7 @@ def _forward(
             rows_to_keep=rows_to_keep,
             **{"lean_scan": True, **kwargs},
         )
-        outputs = Mamba2Output(last_hidden_state=hidden_states, cache_params=cache_params if use_cache else None)
-    return outputs if return_dict or (return_dict is None and self.config.return_dict) else outputs.to_tuple()
+        return Mamba2Output(last_hidden_state=hidden_states, cache_params=cache_params if use_cache else None)
 
 
 def _only_looks_up(embedding: nn.Module) -> bool:

@@ -5,7 +5,7 @@ collective operation, so all processes must make the same calls in the same orde
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -26,19 +26,34 @@ def plain_forward(module: nn.Module) -> Callable:
     return module.forward if is_sharded(module) else module
 
 
-def gather_at_once(modules: list[nn.Module]):
+def gather_at_once(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Has ZeRO-3 gather all parameters of each module around its call, as FSDP2 does, and none of its sub-modules'.
+
+    Returns:
+        The modules for which nobody had asked this before.
 
     Raises:
         RuntimeError: if DeepSpeed has hung its hooks on the sub-modules already.
     """
+    changed = []
     for module in modules:
         if is_sharded(module) and not isinstance(module, FSDPModule) and not getattr(module, "_z3_leaf", False):
             raise RuntimeError(
                 "DeepSpeed ZeRO-3 gathers the parameters of this model linear layer by linear layer, where multi-axis "
                 "gradient checkpointing needs a whole block: enable it before deepspeed.initialize, as Trainer does."
             )
-        module._z3_leaf = True  # what deepspeed.utils.set_z3_leaf_module does; without DeepSpeed, nobody asks
+        if not getattr(module, "_z3_leaf", False):
+            module._z3_leaf = True  # what deepspeed.utils.set_z3_leaf_module does; without DeepSpeed, nobody asks
+            changed.append(module)
+    return changed
+
+
+def gather_piecemeal(modules: Iterable[nn.Module]):
+    """Undoes `gather_at_once`. DeepSpeed reads its mark when it hangs its hooks, and at each call from then on: where
+    it has done so, the mark must stay."""
+    for module in modules:
+        if not is_sharded(module):
+            vars(module).pop("_z3_leaf", None)
 
 
 def call_through_hooks(modules: list[nn.Module], function: Callable, hidden_states: torch.Tensor, *args):
@@ -54,7 +69,7 @@ def call_through_hooks(modules: list[nn.Module], function: Callable, hidden_stat
             "Multi-axis gradient checkpointing cannot see the parameters that the first version of FSDP has "
             "flattened: use the second, fully_shard, which is fsdp_version: 2 in Accelerate's configuration."
         )
-    sharded = [module for module in modules if is_sharded(module)]
+    sharded = [module for module in dict.fromkeys(modules) if is_sharded(module)]
     trained = any(parameter.requires_grad for module in sharded for parameter in module.parameters())
     if trained and torch.is_grad_enabled() and not hidden_states.requires_grad:
         # The hook that scatters gradients waits for that of the input; ZeRO-3 would not wait at all.
@@ -76,8 +91,36 @@ def _call_in_place_of_forward(module, function, *args):
             module.forward = forward
 
 
-def most_of_all_processes(number: int, device: torch.device) -> int:
-    """The largest of the numbers that the processes have. All of them wait for each other here."""
-    numbers = torch.tensor(number, device=device)
-    torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
-    return int(numbers)
+def processes_in_step(model: nn.Module) -> list:
+    """The process groups, if any, whose processes must make the same calls of a model's modules in the same order.
+
+    Those are the groups over which modules are sharded, and those in which DeepSpeed's ZeRO-1 and 2 add up gradients
+    in the order of their arrival.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            sharded = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # the latter up to 2.11
+            if sharded[0] is not None:
+                # With replicas of shards there are two, one for each dimension of the mesh.
+                return sharded[0].mesh_info.mesh.get_all_groups()
+        for parameter in module.parameters(recurse=False):
+            if "ds_process_group" in vars(parameter):
+                return [parameter.ds_process_group]
+            if any(_is_deepspeeds(hook) for hook in (parameter._post_accumulate_grad_hooks or {}).values()):
+                return [torch.distributed.group.WORLD]
+    return []
+
+
+def _is_deepspeeds(hook: Callable) -> bool:
+    return (getattr(hook, "__module__", None) or "").partition(".")[0] == "deepspeed"
+
+
+def max_over_processes(numbers: list[int], groups: list, device: torch.device) -> list[int]:
+    """The largest of each of the numbers that the processes of the groups have. All of them wait for each other."""
+    largest = torch.tensor(numbers, device=device)
+    for group in groups:
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
+    return largest.tolist()

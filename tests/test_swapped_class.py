@@ -1,0 +1,261 @@
+"""A checkpointed model's class: what copies, pickles, replicas, wrappers and subclasses make of it."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from double_precision import compute_in_double
+from tiny import ROOT, tiny_config, tiny_model, tiny_text_config
+from torch import nn
+from transformers import Mamba2ForCausalLM, Mamba2Model
+
+from transformers_ma2mba import enable_multi_axis_checkpointing
+from transformers_ma2mba import multi_axis_checkpointing as mac
+from transformers_ma2mba.multi_axis_checkpointing import disable_multi_axis_checkpointing, is_multi_axis_checkpointed
+
+
+@pytest.fixture(autouse=True)
+def double(monkeypatch):
+    compute_in_double(monkeypatch)
+
+
+def trunk(cls=Mamba2Model) -> Mamba2Model:
+    torch.manual_seed(0)
+    return cls(tiny_text_config(num_hidden_layers=3)).double().train()
+
+
+def enable(model):
+    return enable_multi_axis_checkpointing(model, 2, 4)
+
+
+IDS = torch.arange(38).view(2, 19)
+
+
+def gradients(model, **inputs) -> dict:
+    rows = model(IDS, **inputs).last_hidden_state
+    (rows * rows.detach().cos()).sum().backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (actual[name] - tensor).norm() <= 1e-10 * tensor.norm(), name
+
+
+@pytest.fixture
+def walks(monkeypatch):
+    """How often a grid has been walked."""
+    walked = []
+    run = mac.run_checkpointed
+    monkeypatch.setattr(mac, "run_checkpointed", lambda *args, **options: walked.append(1) or run(*args, **options))
+    return walked
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved_whole(model, tmp_path):
+    torch.save(model, tmp_path / "model.pt")
+    return torch.load(tmp_path / "model.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("how", ["copied", "pickled", "saved"])
+def test_copies_are_checkpointed_as_the_model_is(how, walks, tmp_path):
+    model = enable(trunk())
+    model._multi_axis_checkpointing.plan(model, IDS)
+    other = {"copied": copy.deepcopy, "pickled": pickled, "saved": lambda m: saved_whole(m, tmp_path)}[how](model)
+    assert type(other) is type(model) and other._multi_axis_checkpointing is not model._multi_axis_checkpointing
+    with torch.no_grad():
+        other.layers[0].mixer.in_proj.weight.mul_(0.5)  # so that it would be seen which of both runs
+        expected = copy.deepcopy(trunk())
+        expected.layers[0].mixer.in_proj.weight.mul_(0.5)
+    assert_same(gradients(other), gradients(expected))
+    assert walks == [1]
+    disable_multi_axis_checkpointing(other)
+    assert type(other) is Mamba2Model and is_multi_axis_checkpointed(model)
+
+
+def test_a_whole_model_is_pickled(tmp_path):
+    model = tiny_model(tiny_config()).train()
+    model.gradient_checkpointing_enable()
+    loaded = saved_whole(model, tmp_path)
+    assert loaded.is_gradient_checkpointing
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_another_process_unpickles_it(tmp_path):
+    torch.save(enable(trunk()).float(), tmp_path / "model.pt")
+    script = (
+        "import sys, torch; model = torch.load(sys.argv[1], weights_only=False);"
+        "model(torch.arange(19)[None]).last_hidden_state.sum().backward();"
+        "print(model._multi_axis_checkpointing.passes)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "model.pt")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["1"], done.stderr
+
+
+def test_the_class_says_what_it_stands_for():
+    model = enable(trunk())
+    assert isinstance(model, Mamba2Model)
+    assert type(model).__name__ == "Mamba2Model" and repr(model) == repr(trunk())
+    before = type(model)
+    enable(model)
+    assert type(model) is before
+    assert type(disable_multi_axis_checkpointing(model)) is Mamba2Model
+    assert type(disable_multi_axis_checkpointing(model)) is Mamba2Model
+
+
+def test_a_saved_model_names_the_class_that_it_had(tmp_path):
+    enable(trunk()).save_pretrained(tmp_path)
+    assert Mamba2Model.from_pretrained(tmp_path).config.architectures == ["Mamba2Model"]
+
+
+def replica_of(module):
+    """As DataParallel makes one: tensors that are no leaves, and no parameters."""
+    replicas = {}
+    for inner in module.modules():
+        replicas[inner] = inner._replicate_for_data_parallel()
+        replicas[inner]._former_parameters = {}
+    for inner, replica in replicas.items():
+        for name, child in inner._modules.items():
+            setattr(replica, name, replicas[child])
+        for name, parameter in inner._parameters.items():
+            replica._parameters[name] = None
+            if parameter is not None:
+                del replica._parameters[name]
+                copied = parameter * 1.0
+                setattr(replica, name, copied)
+                replica._former_parameters[name] = copied
+    return replicas[module]
+
+
+def test_replicas_of_data_parallel_run_themselves(walks):
+    expected = gradients(trunk())
+    model = enable(trunk())
+    replica = replica_of(model)
+    assert not list(replica.parameters())
+    rows = replica(IDS).last_hidden_state
+    (rows * rows.detach().cos()).sum().backward()
+    assert_same({name: parameter.grad for name, parameter in model.named_parameters()}, expected)
+    assert walks == [1]
+
+
+class Counting(ModelHook):
+    def __init__(self):
+        self.calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+
+@pytest.mark.parametrize("first", ["hooked", "enabled"])
+@pytest.mark.parametrize("removed", [False, True])
+def test_beside_the_hooks_of_accelerate(first, removed, walks):
+    expected, model, hook = gradients(trunk()), trunk(), Counting()
+    if first == "enabled":
+        enable(model)
+    add_hook_to_module(model, hook)
+    if first == "hooked":
+        enable(model)
+    if removed:
+        remove_hook_from_module(model)
+    assert_same(gradients(model), expected)
+    assert walks == [1] and hook.calls == (not removed)
+    disable_multi_axis_checkpointing(model)
+    assert_same(gradients(model), expected)
+    assert walks == [1]
+    enable(model)
+    assert_same(gradients(model), expected)
+    assert walks == [1, 1]
+
+
+def test_a_forward_replaced_on_the_instance_is_refused():
+    model = trunk()
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    with pytest.raises(ValueError, match="forward of this Mamba2Model has been replaced on the instance"):
+        enable(model)
+    assert type(model) is Mamba2Model and not is_multi_axis_checkpointed(model)
+
+
+class Doubling(Mamba2Model):
+    """A forward of its own around the stock one."""
+
+    def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
+        if inputs_embeds is None:
+            inputs_embeds = 2 * self.embeddings(input_ids)
+        return super().forward(inputs_embeds=inputs_embeds, **kwargs)
+
+
+class Looping(Mamba2Model):
+    """A forward of its own in place of the stock one."""
+
+    def forward(self, input_ids=None, **kwargs):
+        rows = self.embeddings(input_ids)
+        for layer in self.layers:
+            rows = layer(rows)
+        return mac.Mamba2Output(last_hidden_state=self.norm_f(rows))
+
+
+def test_a_subclass_keeps_the_forward_of_its_own(walks):
+    expected = gradients(trunk(Doubling))
+    for model in (enable(trunk(Doubling)), pickled(enable(trunk(Doubling))), copy.deepcopy(enable(trunk(Doubling)))):
+        assert isinstance(model, Doubling)
+        assert_same(gradients(model), expected)
+    assert walks == [1, 1, 1]
+    with torch.no_grad():
+        assert torch.equal(model.eval()(IDS).last_hidden_state, trunk(Doubling).eval()(IDS).last_hidden_state)
+    assert type(disable_multi_axis_checkpointing(model)) is Doubling
+
+
+def test_a_subclass_that_never_comes_to_the_grid_is_refused():
+    model = enable(trunk(Looping))
+    with pytest.raises(RuntimeError, match=r"Looping has a forward of its own.*super\(\).forward"):
+        model(IDS)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).last_hidden_state, trunk(Looping)(IDS).last_hidden_state)
+    disable_multi_axis_checkpointing(model)
+    model(IDS).last_hidden_state.sum().backward()
+
+
+def test_a_wrapper_that_builds_upon_the_class(walks):
+    """As fully_shard does: then the class stays, and the settings alone go."""
+    expected, model = gradients(trunk()), enable(trunk())
+    model.__class__ = type("Wrapped", (nn.Module, type(model))[1:], {})
+    assert_same(gradients(model), expected)
+    disable_multi_axis_checkpointing(model)
+    assert_same(gradients(model), expected)
+    assert walks == [1]
+    enable(model)
+    assert_same(gradients(model), expected)
+    assert walks == [1, 1]
+
+
+def test_marks_for_zero_3_go_when_it_is_disabled():
+    model = trunk()
+    model.layers[1]._z3_leaf = True  # the user's
+    enable(enable(model))
+    assert all(layer._z3_leaf for layer in model.layers)
+    disable_multi_axis_checkpointing(model)
+    assert [hasattr(layer, "_z3_leaf") for layer in model.layers] == [False, True, False]
+    enable(model)
+    for layer in model.layers:
+        layer.ds_id = 0  # DeepSpeed has hung its hooks on them since
+    disable_multi_axis_checkpointing(model)
+    assert all(layer._z3_leaf for layer in model.layers)
+
+
+def test_a_causal_model_inside_out():
+    torch.manual_seed(0)
+    model = enable(Mamba2ForCausalLM(tiny_text_config()).double().train())
+    assert isinstance(pickled(model).backbone, mac.MultiAxisMamba2Model)
