@@ -2,10 +2,15 @@
 
 Each of two processes takes one of the two samples of each batch. Samples have as many supervised tokens each, so the
 mean over processes is the mean over the batch; all else differs, so that one process has more cells, or more frames,
-than the other, or no pictures at all.
+than the other, or no pictures at all. A run is of a scheme and
+
+    an order    small cells of that order, four layers and a few dozen tokens
+    default     whatever is planned by default, eight layers and lengths drawn from 40 to 2,000 tokens
+    differ      the processes have different intervals, then one takes the plain way: what they say of it
 """
 
 import argparse
+import random
 import sys
 from collections import Counter
 from datetime import timedelta
@@ -22,17 +27,24 @@ from torch.distributed.fsdp import fully_shard
 LAYER_INTERVAL = {"layer-major": 2, "sequence-major": 1}
 FRAMES = [(5, 2), (0, 4), (3, 7)]  # of each sample, step by step
 TEXT = [(9, 21), (14, 6), (30, 2)]  # tokens before the frames
+DRAWN = [tuple(round(40 * 50 ** random.Random(f"{step} {rank}").random()) for rank in (0, 1)) for step in range(3)]
 ANSWER = 4
 
 
-def build(order: str | None, frozen=False):
-    """The model in training mode; checkpointed if an order is named; if frozen, with nothing but Mamba-2 to train."""
-    config = tiny_config(text={"num_hidden_layers": 4}, frames_per_vision_pass=2)
+def build(order: str | None, frozen=False, default=False):
+    """The model in training mode; checkpointed if an order is named; if frozen, with nothing but Mamba-2 to train.
+    With `default`, it has more layers, and as orders come "default" and "differ"."""
+    config = tiny_config(text={"num_hidden_layers": 8 if default else 4}, frames_per_vision_pass=2)
     model = tiny_model(config, dtype=torch.float64).train()
     for module in (model.model.vision_tower, model.model.multi_modal_projector, model.get_input_embeddings()):
         if frozen:
             module.requires_grad_(False)
-    if order is not None:
+    if order == "default":
+        model.gradient_checkpointing_enable()
+    elif order == "differ":
+        options = {"layer_interval": 2 + 2 * dist.get_rank(), "sequence_interval": 8}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    elif order is not None:
         options = {"layer_interval": LAYER_INTERVAL[order], "sequence_interval": 8, "order": order}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     return model
@@ -46,7 +58,8 @@ def optimizer_of(model):
 
 def sample(config, step, rank) -> dict:
     generator = torch.Generator().manual_seed(10 * step + rank)
-    text = torch.randint(2, 300, (TEXT[step][rank] + ANSWER,), generator=generator)
+    lengths = DRAWN if config.text_config.num_hidden_layers == 8 else TEXT
+    text = torch.randint(2, 300, (lengths[step][rank] + ANSWER,), generator=generator)
     frames = FRAMES[step][rank]
     placeholders = torch.full((frames * config.tokens_per_frame,), config.video_token_id)
     input_ids = torch.cat([text[:-ANSWER], placeholders, text[-ANSWER:]])
@@ -76,9 +89,9 @@ def batch(config, step) -> dict:
     }
 
 
-def one_process(frozen=False) -> dict:
+def one_process(frozen=False, default=False) -> dict:
     """Losses and weights of the plain run, whole batches in one process."""
-    model = build(None, frozen)
+    model = build(None, frozen, default)
     optimizer = optimizer_of(model)
     losses = []
     for step in range(len(FRAMES)):
@@ -114,7 +127,7 @@ def train(model, config, backward, step_optimizer) -> dict:
 
 def run_torch(scheme, order, frozen) -> dict:
     """DDP, or FSDP2 with every block sharded by itself, as accelerate does it."""
-    model = build(order, frozen)
+    model = build(order, frozen, default=order in ("default", "differ"))
     wrapped = model
     if scheme == "ddp":
         # Trainer sets this for a model that is checkpointed: then a gradient that stays away is an error.
@@ -131,6 +144,8 @@ def run_torch(scheme, order, frozen) -> dict:
         optimizer.step()
         optimizer.zero_grad()
 
+    if order == "differ":
+        return disagreement(wrapped, model)
     results = train(wrapped, model.config, torch.Tensor.backward, step_optimizer)
     weights = model.state_dict()
     if scheme == "fsdp2":
@@ -138,17 +153,23 @@ def run_torch(scheme, order, frozen) -> dict:
     return results | {"weights": weights}
 
 
-def prepared_by_deepspeed(model, stage):
+def prepared_by_deepspeed(model, stage, overlap=False):
     import deepspeed
 
     # On a CPU it would compile an all-reduce of its own, for minutes. Gloo's will do.
     deepspeed.ops.__compatible_ops__ = {}
+    # On processors that know float16, ZeRO-3 refuses a model in float64, which it takes on all others.
+    deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: False
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0.0,  # 1.0 if not given
         "zero_allow_untested_optimizer": True,
-        # Otherwise parameters as small as these stay whole.
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,  # otherwise parameters as small as these stay whole
+            "reduce_bucket_size": 5000,  # and all gradients fit one bucket, in whatever order they come
+            "overlap_comm": overlap,
+        },
     }
     return deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=config)[0]
 
@@ -156,14 +177,34 @@ def prepared_by_deepspeed(model, stage):
 def run_zero(scheme, order, frozen) -> dict:
     import deepspeed
 
-    stage = int(scheme.removeprefix("zero"))
-    model = build(order, frozen)
-    engine = prepared_by_deepspeed(model, stage)
+    stage = int(scheme.removeprefix("zero").removesuffix("-overlap"))
+    model = build(order, frozen, default=order in ("default", "differ"))
+    engine = prepared_by_deepspeed(model, stage, scheme.endswith("overlap"))
+    if order == "differ":
+        results = disagreement(engine, model)
+        engine.destroy()
+        return results
     results = train(engine, model.config, engine.backward, engine.step)
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
         weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     engine.destroy()
     return results | {"weights": weights}
+
+
+def disagreement(wrapped, model) -> dict:
+    """What both processes say, if they are given different intervals, and if one of them takes the plain way."""
+    inputs = sample(model.config, 0, dist.get_rank())
+    messages = []
+    for options in ({}, {"output_hidden_states": dist.get_rank() == 1}):
+        try:
+            wrapped(**inputs, **options)
+            messages.append(None)
+        except RuntimeError as error:
+            messages.append(str(error))
+        model.gradient_checkpointing_enable({"layer_interval": 2, "sequence_interval": 8})
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, messages)
+    return {"messages": gathered}
 
 
 def run_too_late() -> dict:

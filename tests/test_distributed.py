@@ -24,6 +24,9 @@ SESSIONS = {
         "fsdp2:layer-major",
         "fsdp2:sequence-major",
         "fsdp2:layer-major:frozen",
+        "ddp:default",
+        "fsdp2:default",
+        "fsdp2:differ",
     ],
     "deepspeed": [
         "zero1:layer-major",
@@ -31,9 +34,17 @@ SESSIONS = {
         "zero3:layer-major",
         "zero3:sequence-major",
         "zero3:layer-major:frozen",
+        "zero1:default",
+        "zero1-overlap:default",
+        "zero2:default",
+        "zero2-overlap:default",
+        "zero3:default",
+        "zero3:differ",
         "too-late",
     ],
 }
+
+TRAINED = ["layer-major", "sequence-major", "frozen", "default"]
 
 
 def launch(*arguments):
@@ -74,18 +85,32 @@ def results(tmp_path_factory):
 def one_process():
     with pytest.MonkeyPatch.context() as patch:
         compute_in_double(patch)
-        return {frozen: distributed_steps.one_process(frozen) for frozen in (False, True)}
+        return {
+            "": distributed_steps.one_process(),
+            "frozen": distributed_steps.one_process(frozen=True),
+            "default": distributed_steps.one_process(default=True),
+        }
 
 
-@pytest.mark.parametrize("run", [*SESSIONS["torch"], *SESSIONS["deepspeed"][:-1]])
+@pytest.mark.parametrize("run", [run for runs in SESSIONS.values() for run in runs if run.split(":")[-1] in TRAINED])
 def test_two_processes_make_the_steps_of_one(run, results, one_process):
-    actual, expected = results(run), one_process[run.endswith("frozen")]
+    kind = run.split(":")[-1]
+    actual, expected = results(run), one_process[kind if kind in one_process else ""]
     tolerance = FLOAT32 if run.startswith("zero") else EXACT
     assert actual["losses"] == pytest.approx(expected["losses"], rel=0, abs=tolerance["losses"])
     assert actual["weights"].keys() == expected["weights"].keys()
     assert_close(actual["weights"], dict(expected["weights"]), rtol=0, atol=tolerance["weights"])
     for arrivals in actual["arrivals"]:
         assert arrivals and set(arrivals.values()) == {1}, {name: n for name, n in arrivals.items() if n != 1}
+
+
+@pytest.mark.parametrize("scheme", ["fsdp2", "zero3"])
+def test_processes_that_would_gather_in_different_orders_all_say_so(scheme, results):
+    for messages in results(f"{scheme}:differ")["messages"]:
+        for message in messages:
+            assert "must checkpoint each step alike" in message
+    intervals, ways = results(f"{scheme}:differ")["messages"][1]
+    assert "(4, 8, None, False, 'auto')" in intervals and "takes the plain way" in ways
 
 
 def test_deepspeed_must_find_the_model_checkpointed(results):
