@@ -1,5 +1,6 @@
 """The model against its naive form: one frame and one token at a time, in float64, by plain operations alone."""
 
+import copy
 import math
 
 import pytest
@@ -393,3 +394,13 @@ def test_a_long_prompt_is_answered_as_in_one_piece(double, monkeypatch):
     expected = double.generate(ids, max_new_tokens=5, do_sample=False)
     monkeypatch.setattr(double.config, "tokens_per_pass", 8)
     assert torch.equal(double.generate(ids, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_layers_that_would_share_a_place_in_the_state_are_refused(double):
+    model = copy.deepcopy(double)
+    layers = model.model.language_model.layers
+    layers.append(copy.deepcopy(layers[0]))
+    model.config.tokens_per_pass = 8
+    with pytest.raises(ValueError, match=r"layers\.0 and layers\.\d both keep their state under layer_idx 0"):
+        with torch.no_grad():
+            model(torch.arange(2, 22)[None])

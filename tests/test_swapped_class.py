@@ -13,8 +13,7 @@ from tiny import ROOT, tiny_config, tiny_model, tiny_text_config
 from torch import nn
 from transformers import Mamba2ForCausalLM, Mamba2Model
 
-from transformers_ma2mba import enable_multi_axis_checkpointing
-from transformers_ma2mba import multi_axis_checkpointing as mac
+from transformers_ma2mba import enable_multi_axis_checkpointing, multi_axis_mamba2
 from transformers_ma2mba.multi_axis_checkpointing import disable_multi_axis_checkpointing, is_multi_axis_checkpointed
 
 
@@ -52,9 +51,13 @@ def assert_same(actual, expected):
 @pytest.fixture
 def walks(monkeypatch):
     """How often a grid has been walked."""
-    walked = []
-    run = mac.run_checkpointed
-    monkeypatch.setattr(mac, "run_checkpointed", lambda *args, **options: walked.append(1) or run(*args, **options))
+    walked, run = [], multi_axis_mamba2.run_checkpointed
+
+    def count(*args, **options):
+        walked.append(1)
+        return run(*args, **options)
+
+    monkeypatch.setattr(multi_axis_mamba2, "run_checkpointed", count)
     return walked
 
 
@@ -204,7 +207,7 @@ class Looping(Mamba2Model):
         rows = self.embeddings(input_ids)
         for layer in self.layers:
             rows = layer(rows)
-        return mac.Mamba2Output(last_hidden_state=self.norm_f(rows))
+        return multi_axis_mamba2.Mamba2Output(last_hidden_state=self.norm_f(rows))
 
 
 def test_a_subclass_keeps_the_forward_of_its_own(walks):
@@ -258,4 +261,4 @@ def test_marks_for_zero_3_go_when_it_is_disabled():
 def test_a_causal_model_inside_out():
     torch.manual_seed(0)
     model = enable(Mamba2ForCausalLM(tiny_text_config()).double().train())
-    assert isinstance(pickled(model).backbone, mac.MultiAxisMamba2Model)
+    assert isinstance(pickled(model).backbone, multi_axis_mamba2.MultiAxisMamba2Model)

@@ -658,3 +658,11 @@ def test_a_connection_that_stalls(session, film):
         server.close()
     assert 30 < watched.seconds < 60
     assert watched.ask("Why?", **SHORT)["answer"]
+
+
+def test_layers_that_would_share_a_place_in_the_state_are_refused(model, processor):
+    model = copy.deepcopy(model)
+    layers = model.model.language_model.layers
+    layers.append(copy.deepcopy(layers[0]))
+    with pytest.raises(ValueError, match="both keep their state under layer_idx 0"):
+        VideoSession(model, processor)

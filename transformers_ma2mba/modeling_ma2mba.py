@@ -30,6 +30,7 @@ from .multi_axis_checkpointing import (
     enable_multi_axis_checkpointing,
     is_multi_axis_checkpointed,
 )
+from .recurrent_state import cache_layers_of
 from .sharded_modules import is_sharded, max_over_processes, processes_in_step
 
 
@@ -289,6 +290,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         neither memory nor a kernel's offsets grow with the sequence."""
         text_config = self.config.text_config
         state = cache_params if cache_params is not None else DynamicCache(config=text_config)
+        cache_layers_of(state, self.language_model.layers)  # raises where layers would write into one place
         batch_size, sequence_length, _ = inputs_embeds_BTD.shape
         if attention_mask is not None:
             attention_mask = attention_mask[:, -sequence_length:]

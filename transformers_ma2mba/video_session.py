@@ -24,6 +24,7 @@ from .model_fingerprint import describe_model, is_same_model, name_model
 from .recurrent_state import (
     StateFileError,
     cache_from_tensors,
+    cache_layers_of,
     cache_to_tensors,
     copy_cache,
     empty_cache,
@@ -100,6 +101,7 @@ class VideoSession:
         self._set_up(model, processor, fps, frames_per_piece, prepare_generate_kwargs)
         input_ids = torch.tensor([_beginning(processor)], device=model.device)
         cache = empty_cache(model.config.text_config.num_hidden_layers)
+        cache_layers_of(cache, model.model.language_model.layers)  # raises where layers would write into one place
         if input_ids.numel():
             with torch.no_grad():
                 model(input_ids=input_ids, cache_params=cache, use_cache=True, logits_to_keep=1)

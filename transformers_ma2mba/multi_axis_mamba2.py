@@ -1,0 +1,129 @@
+"""What stands in for `Mamba2Model` in checkpointed models: its forward pass, its layers in a grid (paper §3.2)."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import DynamicCache, Mamba2Model
+from transformers.masking_utils import create_recurrent_attention_mask
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Output
+
+from .checkpoint_grid import run_checkpointed
+from .fused_layer import forwards_of
+from .sharded_modules import is_sharded, processes_in_step
+from .swapped_class import Swappable
+
+
+class MultiAxisMamba2Model(Swappable, Mamba2Model):
+    """What stands in for `Mamba2Model` in the classes of checkpointed models: its layers in a grid."""
+
+    def forward(
+        self,
+        input_ids=None,
+        inputs_embeds=None,
+        cache_params=None,
+        use_cache=None,
+        output_hidden_states=None,
+        return_dict=None,
+        attention_mask=None,
+        rows_to_keep=None,
+        **kwargs,
+    ):
+        """`Mamba2Model.forward`, and `rows_to_keep`, `(batch_size, sequence_length)`, which names rows that alone are
+        wanted: then `last_hidden_state` is `(num_rows, hidden_size)`."""
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        settings = vars(self).get("_multi_axis_checkpointing")
+        in_grid = settings is not None and self.training and torch.is_grad_enabled()
+        if in_grid:
+            settings.passes += 1
+        if in_grid and output_hidden_states:
+            in_grid = False
+            groups = processes_in_step(self)
+            if groups:
+                settings.agree(groups, self.norm_f.weight.device, None, None)
+        if in_grid:
+            outputs = self._forward_in_grid(
+                input_ids, inputs_embeds, cache_params, use_cache, attention_mask, rows_to_keep, **kwargs
+            )
+        else:
+            outputs = super().forward(
+                input_ids,
+                inputs_embeds=inputs_embeds,
+                cache_params=cache_params,
+                use_cache=use_cache,
+                output_hidden_states=output_hidden_states,
+                return_dict=True,
+                attention_mask=attention_mask,
+                **kwargs,
+            )
+            if rows_to_keep is not None:
+                outputs["last_hidden_state"] = outputs.last_hidden_state[rows_to_keep]
+        return outputs if return_dict or (return_dict is None and self.config.return_dict) else outputs.to_tuple()
+
+    @classmethod
+    def around(cls, swapped: type, forward: Callable) -> Callable:
+        """A subclass's own forward, which must come to that of this class, or the layers would run without a grid."""
+
+        @functools.wraps(forward)
+        def around(self, *args, **kwargs):
+            settings = vars(self).get("_multi_axis_checkpointing")
+            passes = settings and settings.passes
+            outputs = super(swapped, self).forward(*args, **kwargs)
+            if settings and self.training and torch.is_grad_enabled() and settings.passes == passes:
+                raise RuntimeError(
+                    f"{type(self).__name__} has a forward of its own that does not call super().forward, where "
+                    f"multi-axis gradient checkpointing is done: call it, or disable gradient checkpointing."
+                )
+            return outputs
+
+        return around
+
+    @torch.compiler.disable
+    def _forward_in_grid(
+        self, input_ids, inputs_embeds, cache_params, use_cache, attention_mask, rows_to_keep, **kwargs
+    ) -> Mamba2Output:
+        if kwargs.get("seq_idx") is not None or kwargs.get("cu_seqlens") is not None:
+            raise ValueError("Multi-axis gradient checkpointing cannot keep packed sequences apart: pad them instead.")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds, and not both.")
+        inputs, embedding = inputs_embeds, None
+        if inputs_embeds is None:
+            # Looked up segment by segment, unless more than looking up is asked for.
+            embedding = self.embeddings if _only_looks_up(self.embeddings) and not _any_sharded(self) else None
+            inputs = self.embeddings(input_ids) if embedding is None else input_ids
+        if use_cache and cache_params is None:
+            cache_params = DynamicCache(config=self.config)
+        for layer in self.layers:
+            layer.gradient_checkpointing = False  # Transformers' own, if Trainer has switched it on: once is enough
+        forwards, fused = forwards_of(list(self.layers), self.norm_f.weight.device)
+        hidden_states = run_checkpointed(
+            list(self.layers),
+            inputs,
+            self._multi_axis_checkpointing.plan(self, inputs, fused),
+            forwards=forwards,
+            embedding=embedding,
+            attention_mask=create_recurrent_attention_mask(
+                config=self.config,
+                inputs_embeds=inputs,
+                attention_mask=attention_mask,
+                past_key_values=cache_params,
+            ),
+            cache_params=cache_params,
+            final_norm=self.norm_f,
+            rows_to_keep=rows_to_keep,
+            **{"lean_scan": True, **kwargs},
+        )
+        return Mamba2Output(last_hidden_state=hidden_states, cache_params=cache_params if use_cache else None)
+
+
+def _only_looks_up(embedding: nn.Module) -> bool:
+    """Whether a module is an embedding and nothing else: no hooks, such as PEFT's, no adapter, no sparse gradients."""
+    hooks = embedding._forward_hooks or embedding._forward_pre_hooks or "forward" in vars(embedding)
+    plain = type(embedding) is nn.Embedding and embedding.max_norm is None
+    return plain and not (hooks or embedding.sparse or embedding.scale_grad_by_freq)
+
+
+def _any_sharded(model: nn.Module) -> bool:
+    return any(map(is_sharded, model.modules()))
