@@ -148,7 +148,10 @@ def unknown_leaves(
 
 
 def _never(packed):
-    raise AssertionError("The graph of a computation that was only looked at cannot be run backwards.")
+    raise RuntimeError(
+        "A tensor that a hook took out of a checkpointed layer cannot be differentiated, as what the layer kept for "
+        "backward is gone: compute from the model's outputs instead, or disable gradient checkpointing."
+    )
 
 
 def _sequence_number() -> int:
