@@ -1,10 +1,15 @@
 """The loss and its gradients against cross-entropy over the logits of every position."""
 
+import copy
+
 import pytest
 import torch
+from double_precision import compute_in_double
 from tiny import VOCABULARY, random_pixels, tiny_config, tiny_model
 from torch.testing import assert_close
 from transformers.loss.loss_utils import ForCausalLMLoss
+
+from transformers_ma2mba import loss_in_pieces
 
 # Logits are float32 by Transformers' convention, and so are the language model's norms and scans inside.
 ROUNDED = dict(rtol=2e-6, atol=1e-7)
@@ -154,14 +159,73 @@ def test_labels_do_not_change_what_logits_are_worth(model, config):
     assert_close(tiny_model(config).train()(**batch).loss, evaluated, **ROUNDED)
 
 
-def test_activation_checkpointing_gives_the_same_gradients(double, config):
-    batch = make_batch(config)
-    expected = gradients(double, double(**batch).loss)
+@pytest.fixture
+def checkpointed(double, monkeypatch):
+    """The same with multi-axis gradient checkpointing, two positions a piece, all of it in float64."""
+    compute_in_double(monkeypatch)
+    monkeypatch.setattr(loss_in_pieces, "_BYTES_OF_A_PIECE", 2 * 8 * VOCABULARY)
     double.activation_checkpointing_enable()
-    actual = gradients(double, double(**batch).loss)
+    return double
+
+
+def without_checkpointing(model):
+    model = copy.deepcopy(model)
+    model.activation_checkpointing_disable()
+    return model
+
+
+def rows_through_the_head(model) -> list[int]:
+    """The number of rows in each call of the head from now on, hooks of which would make the loss come in one."""
+    rows, forward = [], model.lm_head.forward
+    model.lm_head.forward = lambda hidden_states: rows.append(len(hidden_states)) or forward(hidden_states)
+    return rows
+
+
+@pytest.mark.parametrize("options", [{}, {"num_items_in_batch": torch.tensor(64)}, {"ignore_index": 22}], ids=str)
+def test_a_checkpointed_step_has_the_same_loss_and_gradients_in_pieces(checkpointed, config, options):
+    batch, plain = make_batch(config) | options, without_checkpointing(checkpointed)
+    outputs = plain(**batch)
+    expected = {"loss": outputs.loss, **gradients(plain, outputs.loss)}
+    rows = rows_through_the_head(checkpointed)
+    outputs = checkpointed(**batch)
+    assert outputs.logits is None
+    actual = {"loss": outputs.loss, **gradients(checkpointed, outputs.loss)}
+    once = [2, 2, 2, 2] if "ignore_index" in options else [2, 2, 2, 2, 1]  # one of 9 supervised tokens is 22
+    assert rows == 2 * once  # in forward and in backward
     assert actual.keys() == expected.keys()
-    for name, gradient in actual.items():
-        assert_close(gradient, expected[name], **ROUNDED, msg=lambda message, name=name: f"{name}: {message}")
+    for name, tensor in expected.items():
+        assert (actual[name] - tensor).norm() <= 1e-10 * tensor.norm().clamp(min=1e-4), name
+
+
+def test_logits_where_they_are_wanted_or_cannot_be_done_without(checkpointed, config):
+    """Without gradients or labels, with a hook on the head, for another loss or one that is asked for more."""
+    inputs, labels = split(make_batch(config))
+    batch = inputs | {"labels": labels}
+    assert checkpointed(**batch).logits is None
+    assert checkpointed(**inputs).logits.shape == (2, 20, VOCABULARY)
+    with torch.no_grad():
+        assert checkpointed(**batch).logits.shape == (2, 5, VOCABULARY)
+    assert checkpointed.eval()(**batch).logits.shape == (2, 5, VOCABULARY)
+    assert checkpointed.train()(**batch, label_smoothing=0.1).logits is not None
+    assert checkpointed(**batch, return_dict=True).logits is None
+    hook = checkpointed.lm_head.register_forward_hook(lambda *args: None)
+    assert checkpointed(**batch).logits is not None
+    hook.remove()
+    assert without_checkpointing(checkpointed)(**batch).logits is not None
+    checkpointed.loss_function = lambda logits, **kwargs: 2 * ForCausalLMLoss(logits, **kwargs)
+    outputs = checkpointed(**batch)
+    assert outputs.logits is not None
+    del checkpointed._loss_function
+    assert_close(outputs.loss, 2 * checkpointed(**batch).loss)
+
+
+def test_a_checkpointed_step_with_nothing_to_learn(checkpointed, config):
+    inputs, labels = split(make_batch(config))
+    loss = checkpointed(**inputs, labels=torch.full_like(labels, -100)).loss
+    assert loss == 0
+    found = gradients(checkpointed, loss)
+    assert found.keys() == {name for name, parameter in checkpointed.named_parameters() if parameter.requires_grad}
+    assert not any(gradient.any() for gradient in found.values())
 
 
 def test_mixed_precision(config):

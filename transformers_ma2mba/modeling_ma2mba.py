@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 from .captured_tensors import CapturedTensors
 from .checkpoint_grid import segment_bounds
 from .configuration_ma2mba import Ma2mbaConfig
+from .loss_in_pieces import can_be_in_pieces, causal_lm_loss
 from .memory_model import indexable_tokens
 from .multi_axis_checkpointing import (
     checkpointing_options,
@@ -55,9 +56,10 @@ class Ma2mbaForVideoQAOutput(ModelOutput):
     """
     loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
         Next-token cross-entropy over the supervised positions.
-    logits (`torch.Tensor` of shape `(batch_size, num_logits, vocab_size)`):
+    logits (`torch.Tensor` of shape `(batch_size, num_logits, vocab_size)`, *optional*):
         Without labels, the positions that `logits_to_keep` names. With labels, the predictions of the supervised
-        tokens alone, in order, rows filled up with zeros to the row that has most.
+        tokens alone, in order, rows filled up with zeros to the row that has most. None with labels in a training
+        step under multi-axis gradient checkpointing, which has logits of a few positions at a time only.
     cache_params, hidden_states: as in [`Ma2mbaModelOutput`].
     """
 
@@ -422,7 +424,8 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
                 Both kinds of pixels are uint8, or floats that are already normalised.
             attention_mask: `(batch_size, sequence_length)`, 0 for padding, which stands on the left.
             labels: `(batch_size, sequence_length)`, token ids, -100 where nothing is to be learned. Only supervised
-                positions go through the head, so no tensor of sequence times vocabulary exists.
+                positions go through the head. In a training step under multi-axis gradient checkpointing they do so
+                a piece at a time, and the output's `logits` are None.
             logits_to_keep: how many last positions get logits (0: all), or which; see `slice_logits_to_keep`. Without
                 effect when labels are given.
             cache_params: the recurrent state that the sequence continues; updated in place.
@@ -458,16 +461,20 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
         )
 
     def _supervised_loss(self, hidden_states_KD, labels_BT, supervised_BT, **kwargs):
-        """Loss and logits of the positions that predict a supervised token, and of no others."""
+        """Loss and logits of the positions that predict a supervised token, and of no others. In a checkpointed
+        training step the loss comes in pieces, and there are no logits."""
+        targets_K = labels_BT.roll(-1, dims=1)[supervised_BT]
+        checkpointed = self.training and torch.is_grad_enabled() and is_multi_axis_checkpointed(self)
+        if checkpointed and can_be_in_pieces(self, kwargs):
+            return causal_lm_loss(self.lm_head, hidden_states_KD, None, shift_labels=targets_K, **kwargs), None
         logits_KV = self.lm_head(hidden_states_KD.to(self.lm_head.weight.dtype)).float()
         if len(logits_KV) == 0:
             loss = logits_KV.sum()  # nothing to learn, and no NaN to spread
         else:
-            targets = labels_BT.roll(-1, dims=1)[supervised_BT]
             loss = self.loss_function(
                 logits=logits_KV,
                 labels=None,
-                shift_labels=targets.to(logits_KV.device),
+                shift_labels=targets_K.to(logits_KV.device),
                 vocab_size=self.config.text_config.vocab_size,
                 **kwargs,
             )
