@@ -408,7 +408,7 @@ def test_a_parameter_that_has_changed_is_named(name):
     loss = loss_in_pieces(head, *make_inputs())
     with torch.no_grad():
         head.get_parameter(name).add_(1)
-    with pytest.raises(RuntimeError, match=f"parameter '{name}' has been modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=rf"lm_head\.{name}, .* was modified in place"):
         loss.backward()
 
 
@@ -417,7 +417,7 @@ def test_a_changed_part_of_an_adapter_is_named():
     loss = loss_in_pieces(head, *make_inputs())
     with torch.no_grad():
         head.lora_A.default.weight.zero_()
-    with pytest.raises(RuntimeError, match="'lora_A.default.weight' has been modified"):
+    with pytest.raises(RuntimeError, match=r"lm_head\.lora_A\.default\.weight, .* was modified in place"):
         loss.backward()
 
 

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from .captured_tensors import CapturedTensors
 from .gradient_sums import GradientSums
 from .sharded_modules import call_through_hooks, is_sharded, plain_forward
 
@@ -48,26 +49,11 @@ class _Head:
     def __init__(self, module: nn.Module, forward: Callable):
         self.forward = forward
         self.dtype = module.weight.dtype
-        self.names = {}  # of each tensor; one that is used in several places has its first name
-        self.places = []
-        for path, owner in module.named_modules():
-            for name, tensor in owner._parameters.items():
-                if tensor is not None:
-                    self.names.setdefault(tensor, f"{path}.{name}".lstrip("."))
-                    self.places.append((owner._parameters, name, tensor))
-        self.tensors = list(self.names)
-        self.versions = [None if tensor.is_inference() else tensor._version for tensor in self.tensors]
+        self.captured = CapturedTensors({"lm_head": module})
+        self.tensors = list(self.captured.names)
 
     def __call__(self, hidden_states_PD: torch.Tensor) -> torch.Tensor:
         return self.forward(hidden_states_PD.to(self.dtype))
-
-    def check_versions(self):
-        for tensor, version in zip(self.tensors, self.versions, strict=True):
-            if version is not None and tensor._version != version:
-                raise RuntimeError(
-                    f"The head's parameter {self.names[tensor]!r} has been modified by an inplace operation since the "
-                    f"forward pass, so its gradient would be wrong: call backward() before changing parameters."
-                )
 
     @contextmanager
     def aliased(self):
@@ -76,15 +62,15 @@ class _Head:
         An alias has no hooks, which wait for a gradient and not for each piece's share of it. And what autocast keeps
         of one without a gradient, in forward, is never taken for the parameter itself.
         """
-        aliases = {t: t.detach().requires_grad_() if t.requires_grad else t for t in self.tensors}
-        before = [(owner, name, owner[name]) for owner, name, _ in self.places]
-        try:
-            for owner, name, tensor in self.places:
-                owner[name] = aliases[tensor]
-            yield [alias for tensor, alias in aliases.items() if tensor.requires_grad]
-        finally:
-            for owner, name, tensor in before:
-                owner[name] = tensor
+        aliases = {tensor: tensor.detach().requires_grad_() for tensor in self.captured.trainable}
+        with self.captured:
+            try:
+                for owner, name, tensor in self.captured.places:
+                    owner[name] = aliases.get(tensor, tensor)
+                yield list(aliases.values())
+            finally:
+                for owner, name, tensor in self.captured.places:
+                    owner[name] = tensor
 
 
 def _forward_in_pieces(head: Callable, hidden_states_KD, targets_S, rows_S, positions_per_piece):
@@ -127,7 +113,6 @@ class _LossInPieces(torch.autograd.Function):
                 "gradient checkpointing."
             )
         head, size = ctx.head, ctx.positions_per_piece
-        head.check_versions()
         hidden_states_KD, targets_S, rows_S, log_sums_S = ctx.saved_tensors
         wants_rows = ctx.needs_input_grad[2]
         grad_hidden_states_KD = torch.zeros_like(hidden_states_KD) if wants_rows else None

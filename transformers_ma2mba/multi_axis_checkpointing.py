@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
-from transformers import Mamba2Model, PreTrainedModel
+from transformers import Mamba2ForCausalLM, Mamba2Model, PreTrainedModel
 
 from .checkpoint_plan import CheckpointPlan, check_interval, check_memory_budget, plan_checkpoints
-from .multi_axis_mamba2 import MultiAxisMamba2Model
+from .multi_axis_mamba2 import MultiAxisMamba2ForCausalLM, MultiAxisMamba2Model
 from .sharded_modules import gather_at_once, gather_piecemeal, max_over_processes, processes_in_step
 from .ssd_scan import install_scan_dispatcher
 from .stock_kernels import keep_kernels_off_the_cpu
@@ -183,6 +183,9 @@ def enable_multi_axis_checkpointing(
     It holds for forward passes in training mode with gradients enabled; a pass that asks for `output_hidden_states`
     takes the plain way, since it is to keep them all. Calling it again changes the settings.
 
+    With `labels`, such a pass of a `Mamba2ForCausalLM` takes the loss a piece of positions at a time, exactly, and its
+    `logits` are None: at 2^19 tokens they would be 105 GB. Whoever needs them leaves out the labels.
+
     Args:
         model: a `Mamba2Model`, or any model with one inside: `Mamba2ForCausalLM`, `Ma2mbaForVideoQA`, a `PeftModel`.
         layer_interval: number of layers in a cell, or "auto".
@@ -212,6 +215,8 @@ def enable_multi_axis_checkpointing(
             f"The forward of this {type(trunk).__name__} has been replaced on the instance, which would pass by "
             f"multi-axis gradient checkpointing: enable it before whatever replaces the forward."
         )
+    for module in _causal_lms_in(model):
+        swap_class(module, MultiAxisMamba2ForCausalLM)
     return model
 
 
@@ -222,12 +227,18 @@ def disable_multi_axis_checkpointing(model: nn.Module) -> nn.Module:
         gather_piecemeal(trunk._multi_axis_checkpointing.gathered_at_once)
         del trunk._multi_axis_checkpointing
         restore_class(trunk)
+        for module in _causal_lms_in(model):
+            restore_class(module)
     return model
 
 
 def is_multi_axis_checkpointed(model: nn.Module) -> bool:
     """Whether [`enable_multi_axis_checkpointing`] holds for a model."""
     return any("_multi_axis_checkpointing" in vars(module) for module in model.modules())
+
+
+def _causal_lms_in(model: nn.Module) -> list[Mamba2ForCausalLM]:
+    return [module for module in model.modules() if isinstance(module, Mamba2ForCausalLM)]
 
 
 def _mamba2_of(model: nn.Module) -> Mamba2Model:

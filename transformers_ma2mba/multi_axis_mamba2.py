@@ -1,16 +1,18 @@
-"""What stands in for `Mamba2Model` in checkpointed models: its forward pass, its layers in a grid (paper §3.2)."""
+"""What stands in for stock classes in checkpointed models: layers in a grid (paper §3.2), and the loss in pieces."""
 
 import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from transformers import DynamicCache, Mamba2Model
+from transformers import DynamicCache, Mamba2ForCausalLM, Mamba2Model
 from transformers.masking_utils import create_recurrent_attention_mask
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Output
+from transformers.models.mamba2.modeling_mamba2 import Mamba2CausalLMOutput, Mamba2Output
 
 from .checkpoint_grid import run_checkpointed
 from .fused_layer import forwards_of
+from .loss_in_pieces import can_be_in_pieces, causal_lm_loss
 from .sharded_modules import is_sharded, processes_in_step
 from .swapped_class import Swappable
 
@@ -116,6 +118,52 @@ class MultiAxisMamba2Model(Swappable, Mamba2Model):
             **{"lean_scan": True, **kwargs},
         )
         return Mamba2Output(last_hidden_state=hidden_states, cache_params=cache_params if use_cache else None)
+
+
+class MultiAxisMamba2ForCausalLM(Swappable, Mamba2ForCausalLM):
+    """What stands in for `Mamba2ForCausalLM`: the loss of a training step in pieces."""
+
+    def forward(
+        self,
+        input_ids=None,
+        inputs_embeds=None,
+        cache_params=None,
+        labels=None,
+        output_hidden_states=None,
+        return_dict=None,
+        use_cache=None,
+        attention_mask=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        """`Mamba2ForCausalLM.forward`, but for training steps with labels: the head runs at the positions that are
+        supervised, a few of them at a time, and the output's `logits` are None."""
+        inputs = dict(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            cache_params=cache_params,
+            output_hidden_states=output_hidden_states,
+            use_cache=use_cache,
+            attention_mask=attention_mask,
+        )
+        in_grid = "_multi_axis_checkpointing" in vars(self.backbone) and self.training and torch.is_grad_enabled()
+        whole = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0
+        if not in_grid or labels is None or whole or not can_be_in_pieces(self, kwargs):
+            return super().forward(
+                labels=labels, return_dict=return_dict, logits_to_keep=logits_to_keep, **inputs, **kwargs
+            )
+        ignored = kwargs.get("ignore_index", -100)
+        targets = kwargs.pop("shift_labels", None)
+        if targets is None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=ignored)
+        supervised = (targets != ignored).to(self.backbone.norm_f.weight.device)
+        outputs = self.backbone(**inputs, return_dict=True, rows_to_keep=supervised)
+        targets = targets.to(supervised.device)[supervised]
+        loss = causal_lm_loss(self.lm_head, outputs.last_hidden_state, None, shift_labels=targets, **kwargs)
+        outputs = Mamba2CausalLMOutput(
+            loss=loss, cache_params=outputs.cache_params, hidden_states=outputs.hidden_states
+        )
+        return outputs if return_dict or (return_dict is None and self.config.return_dict) else outputs.to_tuple()
 
 
 def _only_looks_up(embedding: nn.Module) -> bool:
