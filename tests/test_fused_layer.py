@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from double_precision import compute_in_double
+from kept_memory import kept_beside
 from peft import LoraConfig, inject_adapter_in_model
 from tiny import tiny_text_config
 from torch import nn
@@ -117,25 +118,34 @@ def inputs_of(length, batch_size=2):
     return torch.randn(batch_size, length, WIDTH, dtype=torch.float64)
 
 
-def run(layer, call, inputs, pieces=None, state=None, **options):
+def run(layer, call, inputs, pieces=None, state=None, attention_mask=None, without=(), **options):
     """All that comes out of a sequence, cut into pieces, and the gradients of a loss that weighs each number of it in
-    its own way."""
+    its own way; `without` some of it."""
     layer.zero_grad()
     inputs = inputs.clone().requires_grad_()
     state = LayerState(*(tensor.detach().clone().requires_grad_() for tensor in state)) if state else LayerState()
     cache = carried_cache(layer.layer_idx + 1)
     write_state(cache.layers[layer.layer_idx], state)
-    pieces = inputs.split(pieces or [inputs.shape[1]], dim=1)
-    output = torch.cat([call(piece, cache_params=cache, **options) for piece in pieces], dim=1)
-    final = read_state(cache.layers[layer.layer_idx])
-    generator = torch.Generator().manual_seed(1)
-    outputs = [output, *final]
-    sum(
-        (tensor * torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator)).sum() for tensor in outputs
-    ).backward()
-    results = dict(
-        zip(["output", "final conv", "final recurrent"], [tensor.detach() for tensor in outputs], strict=True)
+    pieces = pieces or [inputs.shape[1]]
+    masks = [None] * len(pieces) if attention_mask is None else attention_mask.split(pieces, dim=1)
+    output = torch.cat(
+        [
+            call(piece, cache_params=cache, attention_mask=mask, **options)
+            for piece, mask in zip(inputs.split(pieces, dim=1), masks, strict=True)
+        ],
+        dim=1,
     )
+    outputs = {"output": output}
+    outputs |= {
+        f"final {name}": tensor for name, tensor in read_state(cache.layers[layer.layer_idx])._asdict().items()
+    }
+    outputs = {name: tensor for name, tensor in outputs.items() if name not in without}
+    generator = torch.Generator().manual_seed(1)
+    sum(
+        (tensor * torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator)).sum()
+        for tensor in outputs.values()
+    ).backward()
+    results = {name: tensor.detach() for name, tensor in outputs.items()}
     results |= {f"initial {name}": None if t is None else t.grad for name, t in state._asdict().items()}
     return results | {"inputs": inputs.grad} | {name: parameter.grad for name, parameter in layer.named_parameters()}
 
@@ -206,11 +216,14 @@ def test_without_a_cache(calls):
     assert not calls[0]["return_final_states"]
 
 
-def test_a_mask_takes_the_plain_way(calls):
+def test_packed_sequences_take_the_plain_way(calls):
     layer, inputs = block(), inputs_of(11)
-    mask = (torch.arange(11) >= torch.tensor([[4], [0]])).long()
-    plain = run(layer, layer, inputs, attention_mask=mask)
-    assert_same(run(layer, FusedLayer(layer), inputs, attention_mask=mask, lean_scan=False), plain, tolerance=0)
+    taken = []
+    for keyword in ("seq_idx", "cu_seqlens"):
+        fused = FusedLayer(layer)
+        fused.plain_forward = lambda hidden_states, **kwargs: taken.append(kwargs)
+        fused(inputs, **{keyword: torch.zeros(1, 11, dtype=torch.int32)})
+        assert taken.pop()[keyword] is not None
     assert not calls
 
 
@@ -261,6 +274,180 @@ def test_the_kept_state_pins_nothing():
             for tensor in read_state(cache.layers[0]):
                 assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
             FusedLayer(layer)(inputs_of(length), cache_params=cache)
+
+
+# Padding
+
+
+def left_padded(real, length):
+    """A mask of samples whose last tokens are real, as many as `real` says of each."""
+    return (torch.arange(length) >= length - torch.tensor(real)[:, None]).long()
+
+
+PIECES_OF_PADDING = [None, [9, 3, 9], [9, 1, 1, 4, 6]]
+# Beside pieces of 9, 3 and 9: no padding, some of a piece, up to a border, beyond it, all but a token, and all.
+LEFT = left_padded([21, 17, 12, 11, 1, 0], 21)
+RIGHT = LEFT.flip(1)
+ANY = torch.cat([LEFT[1:4], RIGHT[1:4]])
+ANY[0, 12:16] = ANY[3, 8:10] = 0  # between real tokens, within a piece and across a border
+ANY[5, 15:] = 1
+MIXERS = [
+    {},
+    {"n_groups": 2},
+    {"use_conv_bias": False},
+    {"use_bias": True},
+    {"conv_kernel": 2, "use_bias": True},
+    {"time_step_limit": (0.0, 0.5), "residual_in_fp32": False},
+]
+
+
+def without_time_at_padding(layer, mask):
+    """Has a stock layer take steps of size zero at padded positions, until the handle that comes back is removed."""
+    num_heads = layer.mixer.num_heads
+
+    def hook(module, args, projected):
+        dt = projected[..., -num_heads:].masked_fill((mask == 0)[..., None], -torch.inf)
+        return torch.cat([projected[..., :-num_heads], dt], dim=-1)
+
+    return layer.mixer.in_proj.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("pieces", PIECES_OF_PADDING, ids=str)
+@pytest.mark.parametrize("options", MIXERS, ids=str)
+def test_left_padding_is_as_in_the_stock_layer(options, pieces, calls):
+    layer, inputs = block(**options), inputs_of(21, len(LEFT))
+    expected = run(layer, layer, inputs, attention_mask=LEFT)
+    assert_same(run(layer, FusedLayer(layer), inputs, pieces, attention_mask=LEFT), expected)
+    assert len(calls) == len(pieces or [21])
+
+
+@pytest.mark.parametrize("pieces", PIECES_OF_PADDING, ids=str)
+@pytest.mark.parametrize("options", MIXERS, ids=str)
+def test_right_padding_leaves_the_state_as_it_was(options, pieces, calls):
+    layer, inputs = block(**options), inputs_of(21, len(RIGHT))
+    fused, without = FusedLayer(layer), ["final recurrent"]
+    expected = run(layer, layer, inputs, attention_mask=RIGHT, without=without)
+    assert_same(run(layer, fused, inputs, pieces, attention_mask=RIGHT, without=without), expected)
+    assert len(calls) == len(pieces or [21])
+    final = run(layer, fused, inputs, pieces, attention_mask=RIGHT)["final recurrent"]
+    for sample, real in enumerate(RIGHT.sum(1)):
+        alone = run(layer, layer, inputs[[sample], :real])["final recurrent"] if real else torch.zeros_like(final[:1])
+        assert (final[[sample]] - alone).norm() <= EXACT * alone.norm()
+    stock = run(layer, layer, inputs, attention_mask=RIGHT)["final recurrent"]
+    assert (final - stock).norm() > 0.01 * stock.norm()  # what differs
+
+
+@pytest.mark.parametrize("with_state", [False, True], ids=["empty", "state"])
+@pytest.mark.parametrize("pieces", PIECES_OF_PADDING, ids=str)
+@pytest.mark.parametrize("options", MIXERS, ids=str)
+def test_any_padding_is_the_stock_layer_with_no_time_at_padding(options, pieces, with_state):
+    layer, inputs = block(**options), inputs_of(21, len(ANY))
+    state = random_state(layer.config, len(ANY)) if with_state else None
+    actual = run(layer, FusedLayer(layer), inputs, pieces, state, attention_mask=ANY)
+    handle = without_time_at_padding(layer, ANY)
+    expected = run(layer, layer, inputs, state=state, attention_mask=ANY)
+    handle.remove()
+    assert_same(actual, expected)
+    aged = run(layer, layer, inputs, state=state, attention_mask=ANY)
+    assert (actual["output"] - aged["output"]).norm() > 1e-4 * aged["output"].norm()  # what differs
+
+
+def test_real_tokens_after_padding_continue_the_state_before_it():
+    """Without biases, the padding is to their convolution a state of zeros."""
+    layer, inputs = block(), inputs_of(13)
+    state, padding = random_state(layer.config), 5
+    mask = (torch.arange(13) >= padding).long().expand(2, -1)
+    padded = run(layer, FusedLayer(layer), inputs, [3, 10], state, attention_mask=mask)
+    state = LayerState(torch.zeros_like(state.conv), state.recurrent)
+    alone = run(layer, layer, inputs[:, padding:], state=state)
+    for name in ("output", "final conv", "final recurrent"):
+        actual = padded[name][:, padding:] if name == "output" else padded[name]
+        assert (actual - alone[name]).norm() <= EXACT * alone[name].norm()
+
+
+def test_padding_without_a_cache(calls):
+    layer, inputs = block(), inputs_of(21, len(LEFT))
+    fused = FusedLayer(layer)(inputs, attention_mask=LEFT)
+    torch.testing.assert_close(fused, layer(inputs, attention_mask=LEFT), rtol=EXACT, atol=EXACT)
+    assert not calls[0]["return_final_states"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32], ids=str)
+def test_masks_of_any_type(dtype):
+    layer, inputs = block(), inputs_of(21, len(LEFT))
+    expected = run(layer, FusedLayer(layer), inputs, [9, 12], attention_mask=LEFT)
+    assert_same(run(layer, FusedLayer(layer), inputs, [9, 12], attention_mask=LEFT.to(dtype)), expected, tolerance=0)
+
+
+@pytest.mark.parametrize("length, wanted", [(2, "conv"), (2, "recurrent"), (9, "conv"), (9, "recurrent")])
+def test_a_loss_of_one_state_alone_after_padding(length, wanted):
+    layer = block(use_bias=True)
+    inputs, mask = inputs_of(length), left_padded([length - 1, length], length)
+    without = {"output", "final conv", "final recurrent"} - {f"final {wanted}"}
+    expected = run(layer, layer, inputs, attention_mask=mask, without=without)
+    actual = run(layer, FusedLayer(layer), inputs, attention_mask=mask, without=without)
+    involved = [name for name, tensor in expected.items() if tensor is not None and tensor.any()]
+    assert_same({name: actual[name] for name in involved}, {name: expected[name] for name in involved})
+    for name in expected.keys() - involved:
+        assert actual[name] is None or not actual[name].any()
+
+
+@pytest.mark.parametrize("pieces", PIECES_OF_PADDING[:2], ids=str)
+@pytest.mark.parametrize("targets", [["in_proj"], ["out_proj"], ["in_proj", "out_proj"]], ids="+".join)
+def test_padding_with_adapters(targets, pieces, calls):
+    (layer,), inputs = lora(trunk(use_bias=True), *targets), inputs_of(21, len(LEFT))
+    expected = run(layer, layer, inputs, attention_mask=LEFT)
+    assert expected[f"mixer.{targets[0]}.lora_A.default.weight"].norm() > 0
+    assert_same(run(layer, FusedLayer(layer), inputs, pieces, attention_mask=LEFT), expected)
+    assert len(calls) == len(pieces or [21])
+
+
+@pytest.mark.parametrize("kind", ["plain", "frozen", "view", "adapter", "hook"])
+def test_padding_is_written_into_a_plain_projection_itself(kind, monkeypatch):
+    """No copy is made of it, unless it may be somebody else's too."""
+    model = trunk()
+    if kind == "adapter":
+        lora(model, "in_proj")
+    layer, inputs = model.layers[0], inputs_of(21, len(LEFT))
+    layer.mixer.in_proj.requires_grad_(kind != "frozen")
+    if kind == "hook":  # autograd keeps what tanh returns
+        layer.mixer.in_proj.register_forward_hook(lambda *args: args[-1].tanh())
+    expected = run(layer, layer, inputs, attention_mask=LEFT)
+    projected, given, linear = [], [], F.linear
+
+    def recorded(*args):
+        result = linear(*args)
+        # As some releases of PyTorch return it with a bias.
+        projected.append(result.flatten(0, 1).view(result.shape) if kind == "view" else result)
+        return projected[-1]
+
+    def kernel(zxbcdt, *args, **kwargs):
+        given.append(zxbcdt.data_ptr())
+        return split_conv1d_scan(zxbcdt, *args, **kwargs)
+
+    monkeypatch.setattr(F, "linear", recorded)
+    monkeypatch.setattr(fused_layer, "_kernels", lambda: fused_layer._Kernels(kernel))
+    assert_same(run(layer, FusedLayer(layer), inputs, attention_mask=LEFT), expected)
+    assert (projected[0].data_ptr() == given[0]) == (kind in ("plain", "frozen"))
+
+
+@pytest.mark.parametrize("with_state", [False, True], ids=["empty", "state"])
+@pytest.mark.parametrize("options", [{}, {"use_bias": True}], ids=str)
+def test_padding_keeps_nothing_more_for_backward(options, with_state):
+    """The double keeps more than the kernel, but the same with padding and without. In the grid, a segment's mask is a
+    slice of the batch's, which is there anyway."""
+    model = trunk(**options)
+    mask = left_padded([9, 5], 9)
+
+    def kept_bytes(mask):
+        cache = carried_cache(1)
+        write_state(cache.layers[0], random_state(model.config) if with_state else LayerState())
+        rows = inputs_of(9).requires_grad_()
+        with kept_beside(model) as kept:
+            FusedLayer(model.layers[0])(rows, cache_params=cache, attention_mask=mask)
+        return sum(kept.values())
+
+    assert kept_bytes(mask) == kept_bytes(None) + mask.untyped_storage().nbytes()
 
 
 def lora(model, *targets, r=3, **options):
@@ -415,25 +602,44 @@ def test_a_sharded_layer(monkeypatch, interpreter):
 # The engine
 
 
+def step(model, inputs, mask=None):
+    model.zero_grad()
+    embeds = inputs.clone().requires_grad_()
+    output = model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+    loss = output.square().sum()
+    loss.backward()
+    return {"loss": loss.detach(), "output": output.detach(), "inputs": embeds.grad} | {
+        name: parameter.grad for name, parameter in model.named_parameters()
+    }
+
+
 @pytest.mark.parametrize("order", ["layer-major", "sequence-major"])
 @pytest.mark.parametrize("length", [1, 9, 23])
 def test_the_gradients_of_the_plain_run(length, order, calls, monkeypatch):
     model, inputs = trunk(3), inputs_of(length)
     monkeypatch.setattr(fused_layer, "why_not_fused", lambda *args: None)
-
-    def step(model):
-        model.zero_grad()
-        embeds = inputs.clone().requires_grad_()
-        output = model(inputs_embeds=embeds).last_hidden_state
-        output.square().sum().backward()
-        return {"output": output, "inputs": embeds.grad} | {
-            name: parameter.grad for name, parameter in model.named_parameters()
-        }
-
-    expected = step(model)
+    expected = step(model, inputs)
     assert not calls
     for layer_interval, sequence_interval in [(1, 4), (2, 3), (3, 100)]:
         grid = enable_multi_axis_checkpointing(copy.deepcopy(model), layer_interval, sequence_interval, order=order)
-        assert_same(step(grid), expected)
+        assert_same(step(grid, inputs), expected)
         assert calls
+        calls.clear()
+
+
+@pytest.mark.parametrize("order", ["layer-major", "sequence-major"])
+@pytest.mark.parametrize("mask", [LEFT, RIGHT], ids=["left", "right"])
+@pytest.mark.parametrize("options", [{}, {"use_bias": True, "n_groups": 2}], ids=str)
+def test_the_gradients_of_the_plain_run_of_a_padded_batch(options, mask, order, calls, monkeypatch):
+    model, inputs = trunk(3, **options), inputs_of(21, len(mask))
+    monkeypatch.setattr(fused_layer, "why_not_fused", lambda *args: None)
+    expected = step(model, inputs, mask)
+    assert not calls
+    for layer_interval, sequence_interval in [(1, 9), (2, 3), (3, 100)]:
+        grid = enable_multi_axis_checkpointing(copy.deepcopy(model), layer_interval, sequence_interval, order=order)
+        assert_same(step(grid, inputs, mask), expected)
+        with_padding = len(calls)
+        calls.clear()
+        step(grid, inputs)
+        assert with_padding == len(calls) > 0  # every segment
         calls.clear()

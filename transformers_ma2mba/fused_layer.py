@@ -5,6 +5,9 @@ than that input for backward. It can start its scan from a state, but not its co
 convolution saw are put before the segment's own, with step sizes of -inf before the softplus: the convolution reads
 them, and to the scan they are steps of size zero, which neither decay the state nor write to it. Their outputs are cut
 off. Both passes are those of the stock layer, and the kernels are mamba-ssm's as they are.
+
+The kernel does not know padding either. Padded positions get steps of size zero, too, and gates of zero: so nothing
+leaves them but the bias of the output projection, as in the stock layer.
 """
 
 import functools
@@ -16,7 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import Cache
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Block, Mamba2Mixer, Mamba2RMSNorm, MambaRMSNormGated
+from transformers.models.mamba2.modeling_mamba2 import (
+    Mamba2Block,
+    Mamba2Mixer,
+    Mamba2RMSNorm,
+    MambaRMSNormGated,
+    apply_mask_to_padding_states,
+)
 from transformers.utils import logging
 
 from .recurrent_state import LayerState, read_state, write_state
@@ -109,7 +118,15 @@ class FusedLayer:
     """A stock `Mamba2Block`, called like it, with its mixer in the fused kernel. The state in `cache_params` is
     replaced, as in [`CarriedLayer`], and gradients flow through both the old and the new one.
 
-    With an attention mask, which the kernel does not know, and for packed sequences, it calls the layer as it is.
+    Padded positions give the outputs that they give in the stock layer. They leave the recurrent state as it is, where
+    the stock layer lets it decay by a step of size softplus(dt_bias). So:
+
+    - left padding that starts from an empty state has nothing to decay: outputs, states and gradients are the same;
+    - right padding changes no output: only the final recurrent state differs, which is that after the last real token;
+    - real tokens after padding that follows a state, be it given or left by real tokens, continue that state
+      undecayed. Their convolution sees the padding as in the stock layer.
+
+    For packed sequences, it calls the layer as it is.
     """
 
     def __init__(self, layer: Mamba2Block):
@@ -124,13 +141,14 @@ class FusedLayer:
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """`(batch_size, sequence_length, hidden_size)`, as `hidden_states`; keywords are for the plain layer."""
-        if attention_mask is not None or kwargs.get("seq_idx") is not None or kwargs.get("cu_seqlens") is not None:
+        """`(batch_size, sequence_length, hidden_size)`, as `hidden_states`; `attention_mask`, `(batch_size,
+        sequence_length)`, is 0 for padding, and keywords are for the plain layer."""
+        if kwargs.get("seq_idx") is not None or kwargs.get("cu_seqlens") is not None:
             return self.plain_forward(
                 hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
             )
         residual = hidden_states.float() if self.layer.residual_in_fp32 else hidden_states
-        return residual + self._mix(self._norm(hidden_states), cache_params)
+        return residual + self._mix(self._norm(hidden_states), cache_params, attention_mask)
 
     def _norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         norm = self.layer.norm
@@ -140,16 +158,22 @@ class FusedLayer:
         # One kernel, which keeps its input alone for backward.
         return _kernels().rms_norm(hidden_states, norm.weight, None, eps=norm.variance_epsilon)
 
-    def _mix(self, hidden_states: torch.Tensor, cache_params: Cache | None) -> torch.Tensor:
+    def _mix(
+        self, hidden_states: torch.Tensor, cache_params: Cache | None, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
         mixer, dtype = self.layer.mixer, hidden_states.dtype
         cached = None if cache_params is None else cache_params.layers[mixer.layer_idx]
         before = LayerState() if cached is None else read_state(cached)
-        projected = mixer.in_proj(hidden_states)
+        # The mask is kept for backward as it is: all layers share it.
+        projected = mixer.in_proj(apply_mask_to_padding_states(hidden_states, attention_mask))
         prefix_length = 0
-        if cached is not None:
+        if cached is not None or attention_mask is not None:
             sizes = (mixer.intermediate_size, mixer.num_heads, mixer.conv_kernel_size)
             prefix_length = mixer.conv_kernel_size - 1 if before.conv is not None else 0
-            projected, conv_after = _ContinuedConvolution.apply(projected, before.conv, *sizes)
+            # What a plain projection returns is nobody else's, and autograd does not keep it. What adapters and hooks
+            # return may be kept. With a bias, some releases of PyTorch return a view, which cannot be marked dirty.
+            may_overwrite = _is_plain(mixer.in_proj, nn.Linear) and projected._base is None
+            projected, conv_after = _KernelInput.apply(projected, before.conv, attention_mask, *sizes, may_overwrite)
 
         # The kernel keeps no input for the output projection, but makes it again to find the gradient of its weight.
         # A frozen one needs neither.
@@ -181,41 +205,72 @@ class FusedLayer:
         return output if with_projection else mixer.out_proj(output.to(dtype))
 
 
-class _ContinuedConvolution(torch.autograd.Function):
-    """Puts the convolution's last inputs before a segment's projected inputs, and takes its last inputs from these.
+class _KernelInput(torch.autograd.Function):
+    """Puts the convolution's last inputs before a segment's projected inputs, takes its last inputs from these, and
+    shuts out padding.
 
-    One Function, as autograd's own steps would write a gradient as large as the projection for the few inputs taken.
+    One Function, as autograd's own steps would write a gradient as large as the projection for the few inputs taken,
+    and copy the projection once more for padding.
     """
 
     @staticmethod
-    def forward(ctx, projected, conv, intermediate_size, num_heads, conv_kernel_size):
-        """`(batch_size, tokens, projection_size)` and a convolution state, `(batch_size, conv_dim, conv_kernel)`, to
-        `(batch_size, conv_kernel - 1 + tokens, projection_size)` and the state after; without a state, nothing is put
-        before. What is, is all but its oldest input, with gates that are shut and no time to write in.
+    def forward(ctx, projected, conv, attention_mask, intermediate_size, num_heads, conv_kernel_size, may_overwrite):
+        """`(batch_size, tokens, projection_size)`, a convolution state, `(batch_size, conv_dim, conv_kernel)`, and a
+        mask, `(batch_size, tokens)`, 0 for padding, to `(batch_size, conv_kernel - 1 + tokens, projection_size)` and
+        the state after. Either of the state and the mask may be None.
+
+        Without a state, nothing is put before. What is, is all but its oldest input, with gates that are shut and no
+        time to write in. Padding gets the same gates and times, and keeps its inputs of the convolution; without a
+        state, it gets them in `projected` itself if `may_overwrite`, or else in a copy.
         """
+        ctx.intermediate_size, ctx.num_heads = intermediate_size, num_heads
         ctx.convolved = slice(intermediate_size, projected.shape[-1] - num_heads)
         ctx.conv_kernel_size, ctx.prefix_length = conv_kernel_size, 0
+        ctx.save_for_backward(attention_mask)
         if conv is not None:
             prefix = F.pad(conv[..., 1:].transpose(1, 2).to(projected.dtype), (intermediate_size, 0))
             prefix = F.pad(prefix, (0, num_heads), value=-torch.inf)
             ctx.prefix_length, ctx.conv_dtype = prefix.shape[1], conv.dtype
-            projected = torch.cat([prefix, projected], dim=1)
-        last = projected[:, -conv_kernel_size:, ctx.convolved].transpose(1, 2)
+            result = torch.cat([prefix, projected], dim=1)
+        elif attention_mask is None:
+            result = projected.view_as(projected)
+        elif may_overwrite:
+            ctx.mark_dirty(projected)
+            result = projected
+        else:
+            result = projected.clone()
+        if attention_mask is not None:
+            _fill_padding(result[:, ctx.prefix_length :], attention_mask, intermediate_size, num_heads, dt=-torch.inf)
+        last = result[:, -conv_kernel_size:, ctx.convolved].transpose(1, 2)
         # Memory of its own: a view would keep all that is projected.
         last = F.pad(last, (conv_kernel_size - last.shape[-1], 0)).clone(memory_format=torch.contiguous_format)
-        ctx.shape = projected.shape
+        ctx.shape = result.shape
         ctx.set_materialize_grads(False)
-        return projected if conv is not None else projected.view_as(projected), last
+        return result, last
 
     @staticmethod
     def backward(ctx, grad, grad_last):
+        (attention_mask,) = ctx.saved_tensors
         if grad is None:  # nothing but the state is wanted
             grad = grad_last.new_zeros(ctx.shape)
+        # In place: it is the kernel's own, and nobody else has it.
         if grad_last is not None:
             count = min(ctx.conv_kernel_size, grad.shape[1])
-            # In place: it is the kernel's own, and nobody else has it.
             grad[:, -count:, ctx.convolved] += grad_last[..., -count:].transpose(1, 2)
         grad_conv = None
         if ctx.prefix_length and ctx.needs_input_grad[1]:
             grad_conv = F.pad(grad[:, : ctx.prefix_length, ctx.convolved].transpose(1, 2), (1, 0)).to(ctx.conv_dtype)
-        return grad[:, ctx.prefix_length :], grad_conv, None, None, None
+        grad = grad[:, ctx.prefix_length :]
+        if attention_mask is not None:
+            # What was written over has no gradient. That of a shut gate is not zero in the kernel, but large: there
+            # the norm divides by the root of epsilon.
+            _fill_padding(grad, attention_mask, ctx.intermediate_size, ctx.num_heads, dt=0.0)
+        return grad, grad_conv, None, None, None, None, None
+
+
+def _fill_padding(projected, attention_mask, intermediate_size, num_heads, dt):
+    """Writes gates of zero and the given time steps into `(batch_size, tokens, projection_size)` where the mask,
+    `(batch_size, tokens)`, is 0."""
+    padded = (attention_mask == 0)[..., None]
+    projected[..., :intermediate_size].masked_fill_(padded, 0.0)
+    projected[..., -num_heads:].masked_fill_(padded, dt)
