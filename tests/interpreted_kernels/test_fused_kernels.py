@@ -44,6 +44,7 @@ if DEVICE.type == "cuda":
         HALF: [[257], [1000], [4096 + 13], [1000, 257, 4096 + 13]],
     }
     GRID = [("layer-major", 1, 1000, 4096 + 13), ("sequence-major", 2, 4096, 10_000)]
+    PADDED = [300, 257, 443]
 else:  # as little as possible, since interpreting takes long
     CONFIG = dict(hidden_size=16, num_heads=2, head_dim=16, state_size=16, chunk_size=16)
     PIECES = {
@@ -51,6 +52,7 @@ else:  # as little as possible, since interpreting takes long
         HALF: [[17], [7, 37]],
     }
     GRID = [("layer-major", 1, 5, 14), ("sequence-major", 2, 18, 20)]
+    PADDED = [6, 3, 11]
 
 
 @pytest.fixture(autouse=True)
@@ -111,10 +113,10 @@ def in_float64(module):
     return copy.deepcopy(module).to(torch.float64)
 
 
-def random_state(config, dtype) -> LayerState:
+def random_state(config, dtype, batch_size=2) -> LayerState:
     conv_dim = config.expand * config.hidden_size + 2 * config.n_groups * config.state_size
-    conv = torch.randn(2, conv_dim, config.conv_kernel)
-    recurrent = torch.randn(2, config.num_heads, config.head_dim, config.state_size)
+    conv = torch.randn(batch_size, conv_dim, config.conv_kernel)
+    recurrent = torch.randn(batch_size, config.num_heads, config.head_dim, config.state_size)
     return LayerState(conv.to(DEVICE, dtype), recurrent.to(DEVICE))
 
 
@@ -125,14 +127,18 @@ def weighted(tensors):
     return sum((tensor * weight.to(tensor.dtype)).sum() for tensor, weight in zip(tensors, weights, strict=True))
 
 
-def run(layer, call, inputs, pieces, state):
+def run(layer, call, inputs, pieces, state, attention_mask=None):
     """All that comes out of a sequence, cut into pieces, and its gradients."""
     layer.zero_grad()
     inputs = inputs.clone().requires_grad_()
     state = LayerState(*(tensor if tensor is None else tensor.clone().requires_grad_() for tensor in state))
     cache = carried_cache(1)
     write_state(cache.layers[0], state)
-    outputs = [call(piece, cache_params=cache) for piece in inputs.split(pieces, dim=1)]
+    masks = [None] * len(pieces) if attention_mask is None else attention_mask.split(pieces, dim=1)
+    outputs = [
+        call(piece, cache_params=cache, attention_mask=mask)
+        for piece, mask in zip(inputs.split(pieces, dim=1), masks, strict=True)
+    ]
     outputs = [torch.cat(outputs, dim=1), *read_state(cache.layers[0])]
     weighted(outputs).backward()
     results = dict(zip(["output", "final conv", "final recurrent"], outputs, strict=True))
@@ -176,16 +182,76 @@ def test_a_state_that_is_given(options, in_double, calls):
     assert calls == [True]
 
 
+def left_padding(length):
+    """A mask of three samples: padded within the first chunk, beyond it, and altogether."""
+    padded = torch.tensor([length // 5, length * 4 // 5, length])
+    return (torch.arange(length) >= padded[:, None]).long().to(DEVICE)
+
+
+def between_real_tokens(length):
+    mask = left_padding(length)
+    mask[0, length // 2 : length * 4 // 5] = 0
+    mask[1, -(length // 8) :] = 0
+    return mask
+
+
+@pytest.mark.parametrize(
+    "pieces, options, dtype",
+    [
+        (PADDED, {"n_groups": 2, "use_bias": True}, torch.float32),
+        ([sum(PADDED)], {"use_conv_bias": False}, torch.float32),
+        ([sum(PADDED)], {"use_bias": True}, HALF),
+    ],
+    ids=str,
+)
+def test_left_padding(pieces, options, dtype, in_double, calls):
+    layer = trunk(dtype, **options).layers[0]
+    mask = left_padding(sum(pieces))
+    inputs = torch.randn(*mask.shape, CONFIG["hidden_size"]).to(DEVICE, dtype)
+    with in_double():
+        exact = in_float64(layer)
+        expected = run(exact, exact, inputs.double(), [sum(pieces)], LayerState(), mask)
+    assert not calls
+    assert_close(run(layer, FusedLayer(layer), inputs, pieces, LayerState(), mask), expected, dtype)
+    assert calls == [False] + [True] * (len(pieces) - 1)
+
+
+def test_a_state_before_padding(in_double, calls):
+    """The stock layer, given steps of size zero at padded positions: on the left, on the right, and between."""
+    model = trunk(torch.float32, n_groups=2, use_bias=True)
+    layer = model.layers[0]
+    mask = between_real_tokens(sum(PADDED))
+    inputs = torch.randn(*mask.shape, CONFIG["hidden_size"]).to(DEVICE)
+    state = random_state(model.config, torch.float32, len(mask))
+
+    def without_time(module, args, projected):
+        gate_and_convolved, dt = projected.tensor_split([-CONFIG["num_heads"]], dim=-1)
+        return torch.cat([gate_and_convolved, dt.masked_fill((mask == 0)[..., None], -torch.inf)], dim=-1)
+
+    with in_double():
+        exact = in_float64(layer)
+        exact.mixer.in_proj.register_forward_hook(without_time)
+        double = LayerState(*(tensor.double() for tensor in state))
+        expected = run(exact, exact, inputs.double(), [sum(PADDED)], double, mask)
+    assert_close(run(layer, FusedLayer(layer), inputs, PADDED, state, mask), expected, torch.float32)
+    assert calls == [True] * len(PADDED)
+
+
+@pytest.mark.parametrize("padding", [False, True], ids=["real", "padded"])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-def test_a_fused_layer_keeps_what_the_plan_says(dtype):
+def test_a_fused_layer_keeps_what_the_plan_says(dtype, padding):
     model = trunk(dtype, residual_in_fp32=True)
+    mask = torch.ones(2, 3 * CONFIG["chunk_size"], dtype=torch.long, device=DEVICE)
+    mask[1, :5] = 0
 
     def kept_bytes(length):
         cache = carried_cache(1)
         write_state(cache.layers[0], random_state(model.config, dtype))
         rows = torch.randn(2, length, CONFIG["hidden_size"], device=DEVICE, requires_grad=True)
         with kept_beside(model) as kept:
-            output = FusedLayer(model.layers[0])(rows, cache_params=cache)
+            # Of a mask, a slice, as the grid gives: what is kept then is the batch's.
+            given = mask[:, :length] if padding else None
+            output = FusedLayer(model.layers[0])(rows, cache_params=cache, attention_mask=given)
         assert output.dtype == torch.float32
         return sum(kept.values())
 
@@ -194,22 +260,24 @@ def test_a_fused_layer_keeps_what_the_plan_says(dtype):
     assert per_token == kept_bytes_per_token(model.config, dtype, fused=True)
 
 
-def step(model, embeds):
+def step(model, embeds, attention_mask=None):
     model.zero_grad()
     embeds = embeds.clone().requires_grad_()
-    output = model(inputs_embeds=embeds).last_hidden_state
+    output = model(inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
     weighted([output]).backward()
     gradients = {name: parameter.grad for name, parameter in model.layers.named_parameters()}
     return {"output": output.detach(), "inputs": embeds.grad, **gradients}
 
 
+@pytest.mark.parametrize("padding", [False, True], ids=["real", "padded"])
 @pytest.mark.parametrize("order, layer_interval, sequence_interval, length", GRID)
-def test_multi_axis_checkpointing(order, layer_interval, sequence_interval, length, in_double, calls):
+def test_multi_axis_checkpointing(order, layer_interval, sequence_interval, length, padding, in_double, calls):
     model = trunk(torch.float32, num_hidden_layers=2)
-    embeds = torch.randn(1, length, CONFIG["hidden_size"]).to(DEVICE)
+    mask = left_padding(length)[:2] if padding else None
+    embeds = torch.randn(2 if padding else 1, length, CONFIG["hidden_size"]).to(DEVICE)
     with in_double():
-        expected = step(in_float64(model), embeds.double())
+        expected = step(in_float64(model), embeds.double(), mask)
     assert not calls
     grid = enable_multi_axis_checkpointing(model, layer_interval, sequence_interval, order=order)
-    assert_close(step(grid, embeds), expected, torch.float32)
+    assert_close(step(grid, embeds, mask), expected, torch.float32)
     assert True in calls and False in calls
