@@ -19,7 +19,7 @@ from transformers_ma2mba import (
     checkpoint_grid,
     enable_multi_axis_checkpointing,
     fused_layer,
-    multi_axis_checkpointing,
+    multi_axis_mamba2,
 )
 
 LENGTH = 2**22
@@ -107,7 +107,7 @@ def test_no_kernel_sees_more_than_it_can_index(kernels, monkeypatch, fused, orde
     def forwards_of(layers, device):
         return [fused_layer.FusedLayer(layer) if fused else layer for layer in layers], fused
 
-    monkeypatch.setattr(multi_axis_checkpointing, "forwards_of", forwards_of)
+    monkeypatch.setattr(multi_axis_mamba2, "forwards_of", forwards_of)
     config = Ma2mbaConfig.from_preset("3.1b").text_config
     config.num_hidden_layers = 2
     torch.set_default_dtype(torch.bfloat16)
