@@ -18,7 +18,13 @@ from transformers_ma2mba.checkpoint_plan import (
     smallest_plan,
 )
 from transformers_ma2mba.configuration_ma2mba import Ma2mbaConfig
-from transformers_ma2mba.memory_model import indexable_tokens, kept_bytes_per_token, paper_constants
+from transformers_ma2mba.memory_model import (
+    Mamba2Shape,
+    TrainedSizes,
+    indexable_tokens,
+    kept_bytes_per_token,
+    paper_constants,
+)
 from transformers_ma2mba.memory_size import format_memory_size
 
 GiB = 2**30
@@ -38,8 +44,11 @@ def test_parameters_of_a_layer_are_counted_as_they_are():
     for options in (dict(), dict(n_groups=2, use_bias=True, use_conv_bias=False)):
         config = tiny_text_config(**options)
         block = modeling_mamba2.Mamba2Block(config, layer_idx=0)
-        plan = plan_checkpoints(config, 64, dtype="float32", layer_interval=1, order="layer-major")
+        cell = dict(layer_interval=1, sequence_interval=64, order="layer-major")
+        plan = plan_checkpoints(config, 128, dtype="float32", **cell)
         assert plan.accumulator_bytes == 4 * sum(parameter.numel() for parameter in block.parameters())
+        # Of a single segment, they are the gradients themselves.
+        assert plan_checkpoints(config, 64, dtype="float32", **cell).accumulator_bytes == 0
 
 
 def test_intervals_are_checked():
@@ -124,7 +133,11 @@ def test_memory_of_one_plan_grows_with_what_it_holds(large):
     assert size() < size(sequence_length=2**16) < size(sequence_length=2**17)
     assert size() < size(batch_size=2) < 2 * size()  # the sums of parameter gradients have no batch
     assert size(parameter_dtype="bfloat16") == size() < size(dtype="float32")
-    assert size(parameter_dtype="float32") == size()  # what the sum has beside it is as large as its larger share
+    assert size() < size(accumulating=True)
+    for offload in (False, True):
+        rows = 2**15 * 2560 * 2
+        assert size(offload=offload, whole_output=True) == size(offload=offload) + rows
+    assert size(device="cpu") < size()  # the scan works on fewer tokens at a time
 
 
 def test_offloading_moves_checkpoints_to_the_host(large):
@@ -234,8 +247,10 @@ def test_of_token_ids_nothing_but_the_ids_is_kept(large):
     assert rows.hidden_border_bytes == 2**17 * 2560 * 2
     assert ids.hidden_border_bytes == 2**17 * 8
     table = large.text_config.vocab_size * 2560
-    # The gradient of the embeddings as it comes from a cell, and what its sum has beside it.
-    assert ids.accumulator_bytes - rows.accumulator_bytes == table * (2 + 2)
+    assert ids.accumulator_bytes - rows.accumulator_bytes == table * 4  # their sum, in float32 until it is complete
+    options["dtype"] = "float32"
+    wide = [plan_checkpoints(large, 2**17, from_ids=from_ids, **options) for from_ids in (False, True)]
+    assert wide[0].accumulator_bytes == wide[1].accumulator_bytes  # there the sum is the gradient
 
 
 def test_fused_kernels_keep_little_more_than_the_paper_counts(large):
@@ -297,3 +312,31 @@ def test_planning_takes_no_time(large):
     for length in range(2**21, 2**21 + 20):
         plan_checkpoints(large, length)
     assert (time.process_time() - start) / 20 < 0.02
+
+
+def test_what_is_sharded_is_gathered_for_a_walk(large):
+    layer = 2 * Mamba2Shape.of(large).layer_parameters
+    options = dict(sequence_length=2**15, layer_interval=8, sequence_interval=2048)
+    for order, layers in (("layer-major", 8), ("sequence-major", 64)):
+        whole = plan_checkpoints(large, order=order, **options)
+        sharded = plan_checkpoints(large, order=order, sharded=True, **options)
+        assert sharded.gathered_bytes == layers * 2 * layer  # weights, and their gradients until they are scattered
+        assert sharded.device_bytes == whole.device_bytes + sharded.gathered_bytes
+        assert "gathered weights and gradients" in str(sharded) and "gathered" not in str(whole)
+    frozen = TrainedSizes(0, 0, False, 0, 0, False)
+    plan = plan_checkpoints(large, sharded=True, trained=frozen, order="layer-major", **options)
+    assert plan.gathered_bytes == 8 * layer
+    # To gather the whole stack takes more than the rows between its groups.
+    assert plan_checkpoints(large, 2**17, "minimal").order == "sequence-major"
+    assert plan_checkpoints(large, 2**17, "minimal", sharded=True).order == "layer-major"
+
+
+def test_what_is_frozen_has_no_sums(large):
+    options = dict(sequence_length=2**15, layer_interval=8, order="layer-major", from_ids=True, dtype="bfloat16")
+    everything = plan_checkpoints(large, **options)
+    frozen = plan_checkpoints(large, trained=TrainedSizes(0, 0, False, 0, 0, False), **options)
+    assert frozen.accumulator_bytes == 0 < everything.accumulator_bytes
+    assert frozen.cell_bytes < everything.cell_bytes
+    with_sums = plan_checkpoints(large, accumulating=True, **options)
+    layers = 8 * 2 * Mamba2Shape.of(large).layer_parameters
+    assert with_sums.accumulator_bytes >= everything.accumulator_bytes + layers

@@ -5,11 +5,19 @@ import itertools
 import pytest
 import torch
 from kept_memory import kept_beside
+from peft import LoraConfig, inject_adapter_in_model
 from tiny import tiny_text_config
 from transformers.models.mamba2 import modeling_mamba2
 
 from transformers_ma2mba.configuration_ma2mba import Ma2mbaConfig
-from transformers_ma2mba.memory_model import indexable_tokens, kept_bytes_per_token, paper_constants, paper_memory
+from transformers_ma2mba.memory_model import (
+    TrainedSizes,
+    indexable_tokens,
+    kept_bytes_per_token,
+    paper_constants,
+    paper_memory,
+    trained_sizes,
+)
 from transformers_ma2mba.recurrent_state import carried_cache, read_state, write_state
 from transformers_ma2mba.ssd_scan import install_scan_dispatcher
 
@@ -44,13 +52,18 @@ def test_formula_gives_the_figure_of_the_paper(large):
 @pytest.mark.parametrize("residual_in_fp32", [True, False], ids=["residual32", "residual"])
 @pytest.mark.parametrize("n_groups", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_stock_block_keeps_what_the_formula_says(dtype, n_groups, residual_in_fp32):
+@pytest.mark.parametrize("trained", ["everything", "adapters", "nothing"])
+def test_a_stock_block_keeps_what_the_formula_says(trained, dtype, n_groups, residual_in_fp32):
     tokens = 1024
     config = tiny_text_config(
         hidden_size=96, head_dim=24, num_heads=8, n_groups=n_groups, residual_in_fp32=residual_in_fp32
     )
     install_scan_dispatcher()
     block = modeling_mamba2.Mamba2Block(config, layer_idx=0).to(dtype).train()
+    block.requires_grad_(trained == "everything")
+    if trained == "adapters":  # in float32, whatever the weights are
+        inject_adapter_in_model(LoraConfig(r=1, target_modules=["in_proj", "out_proj"]), torch.nn.ModuleList([block]))
+    sizes = trained_sizes([block])
     cache = carried_cache(1)
     with torch.no_grad():
         block(torch.randn(1, 8, config.hidden_size, dtype=dtype), cache_params=cache)
@@ -62,7 +75,9 @@ def test_a_stock_block_keeps_what_the_formula_says(dtype, n_groups, residual_in_
     with kept_beside(block) as kept:
         output = block(hidden_states, cache_params=cache, lean_scan=True)
     assert output.dtype == row_dtype
-    assert sum(kept.values()) == pytest.approx(tokens * kept_bytes_per_token(config, dtype), rel=0.01)
+    assert sum(kept.values()) == pytest.approx(
+        tokens * kept_bytes_per_token(config, dtype, trained=sizes, device="cpu"), rel=0.015
+    )
 
 
 def test_a_piece_for_the_27b_is_shorter_than_what_crashed(large):
@@ -70,3 +85,21 @@ def test_a_piece_for_the_27b_is_shorter_than_what_crashed(large):
     assert 150_000 < indexable_tokens(large, 1) < 203_000
     assert indexable_tokens(Ma2mbaConfig.from_preset("1.8b"), 1) < 252_000
     assert indexable_tokens(Ma2mbaConfig.from_preset("0.7b"), 1) < 490_000
+
+
+def test_what_is_trained_is_read_off_a_model():
+    config = tiny_text_config()
+    embeddings = torch.nn.Embedding(10, config.hidden_size)
+    for dtype in (torch.float32, torch.bfloat16):
+        layers = [modeling_mamba2.Mamba2Block(config, layer_idx=index).to(dtype) for index in range(2)]
+        assert trained_sizes(layers, embeddings) == TrainedSizes.everything(config, dtype, dtype)
+    layers[0].mixer.in_proj.requires_grad_(False)
+    in_proj = layers[1].mixer.in_proj.weight
+    layers[1].requires_grad_(False)
+    in_proj.requires_grad_(True)
+    few = trained_sizes(layers[1:], embeddings.requires_grad_(False))
+    assert few == TrainedSizes(in_proj.nbytes, in_proj.nbytes, False, 2, 0, False)
+    # Of the first layer all else is trained, which is less.
+    assert trained_sizes(layers) == TrainedSizes(in_proj.nbytes, in_proj.nbytes, True, 2, 2, False)
+    in_proj.requires_grad_(False)
+    assert trained_sizes(layers[1:]) == TrainedSizes(0, 0, False, 0, 0, False)

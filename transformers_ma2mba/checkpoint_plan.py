@@ -23,6 +23,7 @@ import torch
 from .memory_model import (
     Mamba2Shape,
     MemorySizes,
+    TrainedSizes,
     device_and_host,
     extra_passes,
     memory_parts,
@@ -63,6 +64,11 @@ def check_memory_budget(value: int | str | None) -> int | str | None:
 class CheckpointPlan:
     """Where MA-GC keeps checkpoints, and the memory that this is expected to take, in bytes.
 
+    What must be free when a step begins is `device_bytes` and the gradients of all that is trained, unless these are
+    there already. The parts are those of the step's worst moment. At that moment layer-major may have no gradients yet
+    of layers that backward has not reached; they are counted all the same, as buffers of DDP or gradients that are
+    accumulated are there from the start. The loss, and a head on top of the model, come on top.
+
     Attributes:
         order: `"layer-major"` or `"sequence-major"`.
         layer_interval, sequence_interval: layers and tokens of a cell.
@@ -76,6 +82,8 @@ class CheckpointPlan:
             states of borders that have none kept, and with `offload` what is under way between host and device.
         cell_bytes: all that autograd keeps of the one cell that is being restored, and its layers' working memory.
         accumulator_bytes: parameter gradients that are being summed, beyond the gradients themselves.
+        gathered_bytes: where parameters are sharded over processes, those of the layers of one walk over the sequence
+            and their gradients.
     """
 
     order: str
@@ -92,6 +100,7 @@ class CheckpointPlan:
     segment_bytes: int
     cell_bytes: int
     accumulator_bytes: int
+    gathered_bytes: int = 0
 
     @property
     def num_layer_groups(self) -> int:
@@ -131,6 +140,7 @@ class CheckpointPlan:
             "one segment under way": self.segment_bytes,
             "one cell": self.cell_bytes,
             "gradient sums": self.accumulator_bytes,
+            **({"gathered weights and gradients": self.gathered_bytes} if self.gathered_bytes else {}),
             "device in all": self.device_bytes,
             "host in all": self.host_bytes,
         }
@@ -159,6 +169,11 @@ def plan_checkpoints(
     parameter_dtype: torch.dtype | str | None = None,
     fused: bool = False,
     from_ids: bool = False,
+    trained: TrainedSizes | None = None,
+    whole_output: bool = False,
+    accumulating: bool = False,
+    sharded: bool = False,
+    device: torch.device | str = "cuda",
 ) -> CheckpointPlan:
     """Chooses MA-GC's order and intervals for a sequence (paper §3.2 and §3.3, by this engine's own sizes).
 
@@ -182,6 +197,13 @@ def plan_checkpoints(
         parameter_dtype: of the parameters, if other than `dtype`.
         fused: whether mamba-ssm's kernels run the layers.
         from_ids: whether the sequence is token ids, whose embeddings are looked up segment by segment.
+        trained: what of the model is trained, from [`trained_sizes`]; everything unless given.
+        whole_output: whether the output of the stack has a gradient at all positions, as that of a stock Mamba-2 does,
+            and not for a few supervised rows alone, as in `Ma2mbaForVideoQA`. It is on the device even with `offload`.
+        accumulating: whether there are gradients already, to which those of this step are added.
+        sharded: whether parameters are sharded over processes (ZeRO-3, FSDP2): then the layers of one walk over the
+            sequence, all of them if that is sequence-major, are whole on each device while they run.
+        device: where it runs; on a CPU, the scan works on fewer tokens at a time.
 
     Raises:
         ValueError: if an argument is out of its range, or no plan fits the budget; then the message says what the
@@ -193,8 +215,11 @@ def plan_checkpoints(
     if order not in ("auto", *ORDERS):
         raise ValueError(f"order must be {', '.join(map(repr, ORDERS))} or 'auto'; got {order!r}.")
     budget = check_memory_budget(memory_budget)
+    needs = dict(dtype=dtype, parameter_dtype=parameter_dtype, fused=bool(fused), from_ids=bool(from_ids))
+    needs |= dict(trained=trained, whole_output=bool(whole_output), accumulating=bool(accumulating))
+    needs |= dict(sharded=bool(sharded), device=device)
     candidates = _Candidates.of(
-        sizes=MemorySizes.of(config, dtype, parameter_dtype, bool(fused), bool(from_ids), int(batch_size)),
+        sizes=MemorySizes.of(config, **needs, batch_size=int(batch_size)),
         sequence_length=int(sequence_length),
         batch_size=int(batch_size),
         offload=bool(offload),
@@ -209,8 +234,7 @@ def plan_checkpoints(
         return candidates.smallest_in_all()
     plan = candidates.fastest_within(budget)
     if plan is None:
-        options = dict(batch_size=batch_size, dtype=dtype, parameter_dtype=parameter_dtype)
-        options |= dict(fused=fused, from_ids=from_ids)
+        options = dict(batch_size=batch_size, **needs)
         fixed = dict(layer_interval=layer_interval, sequence_interval=sequence_interval, order=order)
         raise ValueError(_why_none_fits(config, sequence_length, budget, offload, options, fixed))
     return plan
@@ -219,17 +243,11 @@ def plan_checkpoints(
 def smallest_plan(config, sequence_length: int, **options: Any) -> CheckpointPlan:
     """The plan that is expected to take the least device memory, however slow; options as for `plan_checkpoints`."""
     # The slowest class has no fewer plans than the fastest: all of them compete, by memory alone.
-    defaults = dict(batch_size=1, offload=False, layer_interval="auto", sequence_interval="auto", order="auto")
-    options = {**defaults, **options}
-    sizes = MemorySizes.of(
-        config,
-        options.pop("dtype", torch.bfloat16),
-        options.pop("parameter_dtype", None),
-        options.pop("fused", False),
-        options.pop("from_ids", False),
-        options["batch_size"],
-    )
-    return _Candidates.of(sizes, sequence_length, min_segment=1, **options).smallest()
+    grid = dict(offload=False, layer_interval="auto", sequence_interval="auto", order="auto")
+    grid |= {name: options.pop(name) for name in grid.keys() & options.keys()}
+    sizes = MemorySizes.of(config, **options)
+    batch_size = options.get("batch_size", 1)
+    return _Candidates.of(sizes, sequence_length, batch_size=batch_size, min_segment=1, **grid).smallest()
 
 
 def longest_sequence(config, memory_budget: int | str, **options: Any) -> int | None:
@@ -312,14 +330,14 @@ class _Candidates(NamedTuple):
     def of(
         cls, sizes, sequence_length, batch_size, offload, layer_interval, sequence_interval, order, min_segment
     ) -> "_Candidates":
-        L = sizes.num_hidden_layers
+        L = sizes.shape.num_hidden_layers
         layers = _smallest_for_each_count(L) if layer_interval == "auto" else np.array([min(layer_interval, L)])
         longest = min(sequence_length, sizes.indexable)
         if sequence_interval == "auto":
             # Multiples of the scan's chunk (paper §3.2), the whole sequence being one at any length.
-            units = _smallest_for_each_count(-(-sequence_length // sizes.chunk_size))
+            units = _smallest_for_each_count(-(-sequence_length // sizes.shape.chunk_size))
             smallest = min(max(min_segment, 2), longest)
-            tokens = np.unique(np.minimum(units * sizes.chunk_size, longest))
+            tokens = np.unique(np.minimum(units * sizes.shape.chunk_size, longest))
             tokens = tokens[tokens >= smallest]
         else:
             # Every segment of one token would have to join another.

@@ -110,7 +110,7 @@ def plan_report(options: argparse.Namespace) -> dict:
         passed = min(config.frames_per_vision_pass, options.batch_size * frames)
         vision = passed * _vision_bytes_per_frame(config, dtype, options.freeze_vision)
     plan_options = dict(batch_size=options.batch_size, dtype=dtype, offload=options.offload, fused=options.fused)
-    plan_options["from_ids"] = vision_config is None
+    plan_options["from_ids"] = plan_options["whole_output"] = vision_config is None
     # The gradient of the embeddings is all that is left of the language model when the vision tower's turn comes.
     embedding_bytes = options.batch_size * text_config.hidden_size * dtype.itemsize * (not options.offload)
     vision_moment = vision + sequence_length * embedding_bytes * (vision > 0)
