@@ -347,7 +347,8 @@ def planning_options(job: dict) -> dict:
 
     on_gpu = job["device"] == "cuda"
     fused = on_gpu and why_not_fused([], torch.device("cuda")) is None
-    return {"dtype": job["dtype"], "fused": fused, "from_ids": job.get("step") == "tokens"}
+    from_ids = job.get("step") == "tokens"
+    return {"dtype": job["dtype"], "fused": fused, "from_ids": from_ids, "device": job["device"]}
 
 
 def plan_of(job: dict) -> dict | None:
