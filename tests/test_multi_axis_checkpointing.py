@@ -171,6 +171,7 @@ def test_a_plan_for_each_length(qa_model):
     settings = qa_model.model.language_model._multi_axis_checkpointing
     for frames in [(3, 2), (2, 2), (3, 2)]:
         qa_model(**video_batch(qa_model, frames=frames)).loss.backward()
+        qa_model.zero_grad()
     lengths = sorted(plan.sequence_length for plan in settings.plans.values())
     assert lengths == [18, 22]
 
@@ -375,7 +376,7 @@ def test_without_a_budget_a_plan_takes_no_more_than_is_free(monkeypatch):
     settings = model._multi_axis_checkpointing
     ids = torch.zeros(1, 5000, dtype=torch.long)
     usual = settings.plan(model, ids)
-    smallest = smallest_plan(model.config, 5000, dtype=torch.float32, from_ids=True)
+    smallest = smallest_plan(model.config, 5000, dtype=torch.float32, from_ids=True, whole_output=True, device="cpu")
     assert smallest.device_bytes < 0.6 * usual.device_bytes
     for free, expected in [(None, usual), (usual.device_bytes, usual), (1, smallest)]:
         monkeypatch.setattr(multi_axis_checkpointing, "_free_bytes", lambda model, free=free: free)

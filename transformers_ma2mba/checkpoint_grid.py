@@ -477,6 +477,7 @@ def _restore_segment(walk, segment, inputs, states, random_state, grad, grad_sta
             ]
         for parameter in parameters:
             sums.add(parameter, next(gradients))
+        del gradients  # or they would wait for those of the next cell
     if walk.embedded.trainable and grad is not None:
         (weight,) = walk.embedded.trainable
         sums.add_rows(weight, inputs, grad, walk.embedding.padding_idx)

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import Mamba2ForCausalLM, Mamba2Model, PreTrainedModel
 
 from .checkpoint_plan import CheckpointPlan, check_interval, check_memory_budget, plan_checkpoints
+from .memory_model import TrainedSizes, trained_sizes
 from .multi_axis_mamba2 import MultiAxisMamba2ForCausalLM, MultiAxisMamba2Model
-from .sharded_modules import gather_at_once, gather_piecemeal, max_over_processes, processes_in_step
+from .sharded_modules import gather_at_once, gather_piecemeal, is_sharded, max_over_processes, processes_in_step
 from .ssd_scan import install_scan_dispatcher
 from .stock_kernels import keep_kernels_off_the_cpu
 from .swapped_class import is_passed_by, restore_class, swap_class
@@ -33,15 +34,30 @@ class _Pass:
     dtype: torch.dtype
     fused: bool
     from_ids: bool
+    whole_output: bool
+    trained: TrainedSizes
+    accumulating: bool
+    sharded: bool
+    device: str
 
     @classmethod
-    def of(cls, model: Mamba2Model, inputs: torch.Tensor, fused: bool) -> "_Pass":
-        """`inputs` are `(batch_size, sequence_length)` token ids or `(..., hidden_size)` rows."""
+    def of(cls, model: Mamba2Model, inputs: torch.Tensor, fused: bool, whole_output: bool) -> "_Pass":
+        """Arguments as for [`_Settings.plan`]."""
         kind, from_ids = inputs.device.type, inputs.ndim == 2
         dtype = (model.embeddings.weight if from_ids else inputs).dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        return cls(*inputs.shape[:2], dtype, fused, from_ids)
+        return cls(
+            *inputs.shape[:2],
+            dtype,
+            fused,
+            from_ids,
+            whole_output,
+            trained=trained_sizes(model.layers, model.embeddings),
+            accumulating=any(parameter.grad is not None for parameter in model.layers.parameters()),
+            sharded=any(map(is_sharded, model.layers)),
+            device=kind,
+        )
 
 
 @dataclass
@@ -66,17 +82,24 @@ class _Settings:
         if self.order not in ("auto", "layer-major", "sequence-major"):
             raise ValueError(f'order must be "layer-major", "sequence-major" or "auto", got {self.order!r}.')
 
-    def plan(self, model: Mamba2Model, inputs: torch.Tensor, fused: bool = False) -> CheckpointPlan:
-        """The plan for a batch of `inputs`, `(batch_size, sequence_length)` token ids or `(..., hidden_size)` rows.
+    def plan(
+        self, model: Mamba2Model, inputs: torch.Tensor, fused: bool = False, whole_output: bool = True
+    ) -> CheckpointPlan:
+        """The plan for one pass.
 
         It is made once for each length, unless less memory than it takes is free. Processes that must make the same
         calls in the same order make the plan of the longest of their batches, in the least that is free to any.
+
+        Args:
+            inputs: `(batch_size, sequence_length)` token ids, or `(batch_size, sequence_length, hidden_size)` rows.
+            fused: whether mamba-ssm's kernels run the layers.
+            whole_output: whether all rows are wanted, or a few of them.
 
         Raises:
             ValueError: if no plan fits the budget.
             RuntimeError: if such processes were given different settings.
         """
-        wanted, free = _Pass.of(model, inputs, fused), _free_bytes(model)
+        wanted, free = _Pass.of(model, inputs, fused, whole_output), _free_bytes(model)
         groups = processes_in_step(model)
         if groups:
             wanted, free = self.agree(groups, inputs.device, wanted, free)
@@ -100,7 +123,7 @@ class _Settings:
             RuntimeError: if they would not make the same plan.
         """
         settings = (self.layer_interval, self.sequence_interval, self.memory_budget, self.offload, self.order)
-        kind = None if wanted is None else (wanted.dtype, wanted.fused, wanted.from_ids, free is None)
+        kind = None if wanted is None else (wanted.dtype, wanted.fused, wanted.from_ids, wanted.device)
         digest = zlib.crc32(repr((settings, kind)).encode())
         sizes = [0, 0] if wanted is None else [wanted.batch_size, wanted.sequence_length]
         numbers = [*sizes, -(free or 0), digest, -digest]
@@ -114,7 +137,11 @@ class _Settings:
             )
         if wanted is None:
             return None, free
-        return replace(wanted, batch_size=batch_size, sequence_length=sequence_length), None if free is None else -less
+        # Of what else counts, each process has its own view: one has rows that are wanted, another gradients already.
+        wanted = replace(
+            wanted, batch_size=batch_size, sequence_length=sequence_length, whole_output=True, accumulating=True
+        )
+        return wanted, None if free is None else -less
 
     def _plan(self, model, wanted: _Pass, memory_budget) -> CheckpointPlan:
         return plan_checkpoints(

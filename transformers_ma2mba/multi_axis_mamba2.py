@@ -103,7 +103,7 @@ class MultiAxisMamba2Model(Swappable, Mamba2Model):
         hidden_states = run_checkpointed(
             list(self.layers),
             inputs,
-            self._multi_axis_checkpointing.plan(self, inputs, fused),
+            self._multi_axis_checkpointing.plan(self, inputs, fused, whole_output=rows_to_keep is None),
             forwards=forwards,
             embedding=embedding,
             attention_mask=create_recurrent_attention_mask(
