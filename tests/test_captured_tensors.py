@@ -1,16 +1,18 @@
 """What a checkpointed pass depends on beside its inputs: found wherever it comes from, held until backward."""
 
 import copy
+import threading
 
 import pytest
 import torch
 from double_precision import compute_in_double
+from peft import LoraConfig, inject_adapter_in_model
 from tiny import random_pixels, tiny_config, tiny_model, tiny_text_config
 from torch import nn
 from transformers import Mamba2Model
 
 from transformers_ma2mba import enable_multi_axis_checkpointing
-from transformers_ma2mba.captured_tensors import CapturedTensors, unknown_leaves
+from transformers_ma2mba.captured_tensors import CapturedTensors, unknown_leaves, without_hooks
 
 ORDERS = ["layer-major", "sequence-major"]
 WIDTH = 32
@@ -298,3 +300,154 @@ def test_a_module_that_was_replaced_between_is_put_back():
         model.layers[0].mixer.in_proj.weight = nn.Parameter(torch.zeros_like(weight))
         results.append(gradients(loss, [weight]))
     assert_same(*reversed(results))
+
+
+# Modules that change
+
+
+def changed_before_backward(change, prepare=lambda model: model):
+    """Compares gradients of the plain run and in a grid, if `change` comes between forward and backward.
+
+    With a single cell, so that dropout draws the same masks in both.
+    """
+    results = []
+    for enabled in (False, True):
+        model = prepare(trunk())
+        if enabled:
+            enable_multi_axis_checkpointing(model)
+        wanted = [parameter for parameter in model.layers.parameters() if parameter.requires_grad]
+        torch.manual_seed(3)
+        loss = loss_of(model)
+        change(model)
+        loss.backward()
+        results.append({index: parameter.grad for index, parameter in enumerate(wanted) if parameter.grad is not None})
+    expected, actual = results
+    assert actual.keys() == expected.keys()
+    assert_same(actual.values(), expected.values())
+
+
+def with_dropout(model):
+    config = LoraConfig(r=3, lora_dropout=0.4, target_modules=["in_proj"], init_lora_weights=False)
+    return inject_adapter_in_model(config, model).double()
+
+
+def test_dropout_that_is_switched_off_before_backward():
+    changed_before_backward(lambda model: model.eval(), with_dropout)
+
+
+def test_a_hook_that_is_gone_before_backward():
+    handles = []
+
+    def hook(model):
+        vector = torch.linspace(0.5, 1.5, WIDTH, dtype=torch.float64)
+        handles.append(model.layers[1].mixer.register_forward_hook(lambda _, args, rows: rows * vector))
+        return model
+
+    changed_before_backward(lambda model: handles.pop().remove(), hook)
+    assert not handles
+
+
+@pytest.mark.parametrize("change", ["frozen", "freed"])
+def test_weights_that_are_frozen_or_freed_before_backward(change):
+    def prepare(model):
+        model.layers[1].requires_grad_(change == "frozen")
+        return model
+
+    changed_before_backward(lambda model: model.layers[1].requires_grad_(change == "freed"), prepare)
+
+
+def test_adapters_that_are_merged_before_backward_are_refused():
+    model = checkpointed(with_dropout(trunk()))
+    loss = loss_of(model)
+    for module in model.modules():
+        if hasattr(module, "merge"):
+            module.merge()
+    with pytest.raises(RuntimeError, match=r"adapters of layers\.\d\.mixer\.in_proj were merged, switched or"):
+        loss.backward()
+
+
+def test_everything_is_as_it_was_after_backward():
+    model = checkpointed(with_dropout(trunk()))
+    loss = loss_of(model)
+    model.eval()
+    handle = model.layers[2].register_forward_hook(lambda *args: None)
+    model.layers[0].requires_grad_(False)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    loss.backward()
+    assert not any(module.training for module in model.modules())
+    assert list(model.layers[2]._forward_hooks) == [handle.id]
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == frozen
+
+
+# What hooks take out
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_loss_of_what_hooks_take_out_is_refused(order):
+    taken = {}
+    model = checkpointed(trunk(), order)
+    for place, layer in enumerate(model.layers):
+        layer.register_forward_hook(lambda _, args, rows, place=place: taken.__setitem__(place, rows))
+    loss = loss_of(model)
+    with pytest.raises(RuntimeError, match="hook took out of a checkpointed layer"):
+        (loss + taken[1].square().mean()).backward()
+    plain = trunk()  # and if it is only taken out, it does no harm
+    expected = gradients(loss_of(plain), list(plain.layers.parameters()))
+    assert_same(gradients(loss_of(model), list(model.layers.parameters())), expected)
+
+
+def test_a_skip_connection_from_one_cell_to_another_is_refused():
+    taken = {}
+    model = checkpointed(trunk())
+    model.layers[0].register_forward_hook(lambda _, args, rows: taken.update(rows=rows))
+    model.layers[3].register_forward_hook(lambda _, args, rows: rows + taken["rows"])
+    with pytest.raises(RuntimeError, match=r"layers\.2 to layers\.3 depend on a tensor .* computed outside"):
+        loss_of(model, embeddings(20))
+
+
+def test_a_skip_connection_within_a_cell():
+    results = []
+    for enabled in (False, True):
+        model, taken = trunk(), {}
+        model.layers[2].register_forward_hook(lambda _, args, rows, taken=taken: taken.update(rows=rows))
+        model.layers[3].register_forward_hook(lambda _, args, rows, taken=taken: rows + taken["rows"])
+        if enabled:
+            checkpointed(model)
+        results.append(gradients(loss_of(model), list(model.layers.parameters())))
+    assert_same(*reversed(results))
+
+
+# Several threads
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_one_model_in_several_threads(order):
+    model, plain = checkpointed(trunk(), order), trunk()
+    wanted = list(model.layers.parameters())
+    results = {}
+
+    def run(name):
+        results[name] = gradients(loss_of(model), wanted)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = gradients(loss_of(plain), list(plain.layers.parameters()))
+    assert len(results) == 4
+    for found in results.values():
+        assert_same(found, expected)
+
+
+def test_hooks_of_parameters_are_held_back_by_one_thread_at_a_time():
+    weight = nn.Parameter(torch.ones(3))
+    weight.register_hook(lambda gradient: 2 * gradient)
+    with without_hooks([weight]):
+        with pytest.raises(RuntimeError, match="cannot be trained by several threads"), without_hooks([weight]):
+            pass
+        with without_hooks([nn.Parameter(torch.ones(3))]):
+            (weight * 3).sum().backward()
+    assert weight.grad.tolist() == [3, 3, 3]
+    (weight * 3).sum().backward()
+    assert weight.grad.tolist() == [9, 9, 9]

@@ -9,12 +9,17 @@ from datasets_in_memory import RowsDataset
 from double_precision import compute_in_double
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_text_config
+from torch.autograd import forward_ad
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Mamba2ForCausalLM, Trainer, TrainingArguments
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Block
 
 from transformers_ma2mba import enable_multi_axis_checkpointing, loss_in_pieces
 from transformers_ma2mba.multi_axis_checkpointing import disable_multi_axis_checkpointing
+from transformers_ma2mba.recurrent_state import LayerState, write_state
 
 
 @pytest.fixture(autouse=True)
@@ -174,3 +179,109 @@ def test_in_trainer(tmp_path):
             | {"evaluation": torch.tensor(trainer.evaluate()["eval_loss"])}
         )
     assert_same(*reversed(weights), tolerance=1e-7)
+
+
+def centre(module, args, outputs):
+    outputs.last_hidden_state = outputs.last_hidden_state - outputs.last_hidden_state.mean(1, keepdim=True)
+    return outputs
+
+
+def test_hooks_of_the_trunk_see_all_rows():
+    results = []
+    for enabled in (False, True):
+        model = causal_lm()
+        model.backbone.register_forward_hook(centre)
+        if enabled:
+            enable_multi_axis_checkpointing(model, 2, 4)
+        results.append(step(model, **batch()))
+    assert_same(*reversed(results))
+
+
+class Mixing(torch.nn.Linear):
+    """A head that does not treat each row by itself."""
+
+    def forward(self, rows):
+        return super().forward(rows - rows.mean(-2, keepdim=True))
+
+
+def test_a_head_of_another_class_gets_all_rows():
+    results = []
+    for enabled in (False, True):
+        model = causal_lm(tie_word_embeddings=False)
+        head = Mixing(32, 384, bias=False).double()
+        head.weight = model.lm_head.weight
+        model.lm_head = head
+        if enabled:
+            enable_multi_axis_checkpointing(model, 2, 4)
+        results.append(step(model, **batch()))
+    assert_same(*reversed(results))
+
+
+@pytest.mark.parametrize("kind", ["module", "global"])
+def test_hooks_of_the_embeddings_see_them_whole(kind):
+    """A hook of the backward pass, and one that scales what every embedding gives."""
+    results = []
+    for enabled in (False, True):
+        model = causal_lm()
+        if enabled:
+            enable_multi_axis_checkpointing(model, 2, 4)
+        embeddings = model.backbone.embeddings
+        if kind == "module":
+            handle = embeddings.register_full_backward_pre_hook(lambda module, grads: (3 * grads[0],))
+        else:
+            handle = register_module_forward_hook(
+                lambda module, args, rows, embeddings=embeddings: 2 * rows if module is embeddings else None
+            )
+        try:
+            results.append(step(model, **batch()))
+        finally:
+            handle.remove()
+    assert_same(*reversed(results))
+
+
+def test_a_mask_of_more_than_padding():
+    plain, inputs = causal_lm(), batch()
+    inputs["attention_mask"] = torch.ones(2, 23, dtype=torch.float64)
+    inputs["attention_mask"][0, 5:9] = 0.5
+    model = enable_multi_axis_checkpointing(copy.deepcopy(plain), 2, 4)
+    assert_same(step(model, **inputs), step(plain, **inputs))
+
+
+def test_what_sees_the_whole_sequence_is_refused():
+    model = causal_lm()
+    config = LoraConfig(r=3, target_modules=["in_proj"], alora_invocation_tokens=[5], task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = enable_multi_axis_checkpointing(get_peft_model(model, config))
+    with pytest.raises(ValueError, match="activated LoRA adapter, which counts positions"):
+        model(**batch())
+
+
+def test_layers_that_others_checkpoint_are_refused():
+    model = causal_lm()
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Mamba2Block))
+    enable_multi_axis_checkpointing(model, 2, 4)
+    with pytest.raises(ValueError, match=r"layers\.0 is checkpointed by PyTorch's wrapper, too"):
+        model(**batch())
+
+
+def test_forward_mode_is_refused():
+    model = enable_multi_axis_checkpointing(causal_lm().requires_grad_(False).backbone)
+    rows = torch.randn(1, 9, 32, dtype=torch.float64)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+        model(inputs_embeds=forward_ad.make_dual(rows, torch.ones_like(rows)))
+
+
+def test_a_cache_of_some_layers_is_refused():
+    model = causal_lm().backbone
+    with torch.no_grad():
+        cache = model(torch.arange(9)[None], use_cache=True).cache_params
+    write_state(cache.layers[1], LayerState())
+    with pytest.raises(ValueError, match="states of some layers and not of others"):
+        enable_multi_axis_checkpointing(model)(torch.arange(9)[None], cache_params=cache)
+
+
+def test_nothing_is_left_on_the_layers():
+    model = enable_multi_axis_checkpointing(causal_lm(), 2, 4)
+    step(model, **batch())
+    assert not any("gradient_checkpointing" in vars(layer) for layer in model.backbone.layers)

@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from types import MethodType
 
 import pytest
 import torch
@@ -189,6 +190,22 @@ def test_a_forward_replaced_on_the_instance_is_refused():
     with pytest.raises(ValueError, match="forward of this Mamba2Model has been replaced on the instance"):
         enable(model)
     assert type(model) is Mamba2Model and not is_multi_axis_checkpointed(model)
+
+
+@pytest.mark.parametrize("cls", ["trunk", "causal model", "subclass"])
+def test_a_wrapper_put_around_the_forward_outlives_disabling(cls):
+    """As accelerate's mixed precision does it."""
+    model = trunk(Doubling) if cls == "subclass" else trunk()
+    if cls == "causal model":
+        torch.manual_seed(0)
+        model = Mamba2ForCausalLM(tiny_text_config(num_hidden_layers=3)).double().train()
+    with torch.no_grad():
+        expected = model(IDS)[0]
+    enable(model)
+    forward = model.forward
+    model.forward = MethodType(lambda self, *args, **options: forward(*args, **options), model)
+    disable_multi_axis_checkpointing(model)
+    torch.testing.assert_close(model(IDS)[0], expected)
 
 
 class Doubling(Mamba2Model):

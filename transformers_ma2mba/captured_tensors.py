@@ -1,31 +1,52 @@
-"""The tensors that a computation depends on beside its inputs, held fast for when it runs again.
+"""What a computation depends on beside its inputs, held fast for when it runs again.
 
 A checkpointed computation runs once in the forward pass and once more in backward. Between the two, modules may get
-other tensors (`torch.func.functional_call` takes its own back), and optimizers may write into those they have. What is
-restored must be computed with the tensors of the forward pass, and every one of them that wants a gradient must be
-known, whether it is a parameter of a module or came in through a hook.
+other tensors (`torch.func.functional_call` takes its own back), hooks may go and dropout may be switched off, and
+optimizers may write into weights. What is restored must be computed as in the forward pass, and every tensor of it
+that wants a gradient must be known, whether it is a parameter of a module or came in through a hook.
 """
 
+import copy
+import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+# What makes a module compute something else, and can be put back ...
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+# ... and what cannot: PEFT adds adapters to weights, and says here which.
+_ADAPTERS = ("merged_adapters", "_disable_adapters", "_active_adapter")
+
 
 class CapturedTensors:
-    """Parameters and buffers of some modules, and of all in these, as they are now. As a context, it puts them back.
+    """Parameters and buffers of some modules, and of all in these, as they are now; and whether the modules are in
+    training mode, and what hooks they have. As a context, it puts all of this back.
 
     Attributes:
         trainable: the tensors that want a gradient, each once: those of the modules, then what `add` has added.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]):
+    def __init__(self, modules: Mapping[str, nn.Module], with_hooks: bool = True):
         self.places = []  # (dictionary of a module, name in it, tensor)
+        self.switches = []  # (dictionary of a module, name in it, value)
+        self.adapters = []  # (path, module, values)
         self.names = {}
         self.trainable = []
         self.versions = {}
         for prefix, root in modules.items():
             for path, module in root.named_modules(prefix=prefix):
+                switches = ("training", *_HOOKS) if with_hooks else ("training",)
+                self.switches += [(vars(module), name, copy.copy(vars(module)[name])) for name in switches]
+                if hasattr(module, "merged_adapters"):
+                    self.adapters.append((path, module, _adapters_of(module)))
                 # A replica of DataParallel has no parameters: its tensors are not leaves, and stand elsewhere.
                 replicated = vars(module).get("_former_parameters", {})
                 for tensors in (module._parameters, replicated):
@@ -51,8 +72,15 @@ class CapturedTensors:
     def check_unchanged(self):
         """
         Raises:
-            RuntimeError: if a tensor was written into since it was captured. Autograd says the same of what it keeps.
+            RuntimeError: if a tensor was written into since it was captured, of which autograd says the same; or if
+                adapters were merged or switched.
         """
+        for path, module, before in self.adapters:
+            if _adapters_of(module) != before:
+                raise RuntimeError(
+                    f"The adapters of {path} were merged, switched or disabled between the forward pass and backward, "
+                    f"which needs them as they were: call backward before."
+                )
         for tensor, version in self.versions.items():
             if tensor._version != version:
                 raise RuntimeError(
@@ -62,34 +90,46 @@ class CapturedTensors:
                 )
 
     def __enter__(self):
-        """Until `__exit__`, which may follow any number of times, the modules hold what was captured.
+        """Until `__exit__`, the modules hold what was captured. This may be done any number of times.
 
         Raises:
             RuntimeError: if a captured tensor was written into.
         """
         self.check_unchanged()
-        self.others = [
-            (tensors, name, tensor, tensors.get(name))
-            for tensors, name, tensor in self.places
-            if tensors.get(name) is not tensor
-        ]
-        for tensors, name, tensor, _ in self.others:
-            tensors[name] = tensor
+        # Compared first: mostly there is nothing to put back, and then several threads may do this at a time.
+        changed = [place for place in self.places if place[0].get(place[1]) is not place[2]]
+        changed += [switch for switch in self.switches if switch[0][switch[1]] != switch[2]]
+        wanted = set(self.trainable)
+        self.frozen_since = [t for t in self.trainable if t.is_leaf and not t.requires_grad]
+        self.freed_since = [t for t in self.names if t.is_leaf and t.requires_grad and t not in wanted]
+        self.others = [(owner, name, owner.get(name)) for owner, name, _ in changed]
+        for owner, name, captured in changed:
+            owner[name] = captured
+        self._turn_gradients(frozen=self.frozen_since, freed=self.freed_since)
 
     def __exit__(self, *exception):
-        for tensors, name, _, other in self.others:
-            tensors[name] = other
-        self.others = []
+        for owner, name, other in self.others:
+            owner[name] = other
+        self._turn_gradients(frozen=self.freed_since, freed=self.frozen_since)
 
-    def find_others(self, run: Callable, where: str):
+    @staticmethod
+    def _turn_gradients(frozen: list[torch.Tensor], freed: list[torch.Tensor]):
+        """Has frozen tensors want gradients, and those that were freed want none."""
+        for tensor in frozen:
+            tensor.requires_grad_(True)
+        for tensor in freed:
+            tensor.requires_grad_(False)
+
+    def find_others(self, run: Callable, where: str, inputs: Iterable[torch.Tensor] = ()):
         """Runs a computation as it runs without gradients, and captures what its outputs depend on besides.
 
         That are leaves which want a gradient and belong to none of the modules, such as a vector that a hook
         multiplies by. Autograd records the computation, but keeps none of its tensors.
 
         Args:
-            run: gives an iterable of tensors; its inputs want no gradients.
+            run: gives an iterable of tensors.
             where: how errors call the computation.
+            inputs: those of its inputs that want gradients.
 
         Returns:
             What `run` gives, detached; None stays None.
@@ -100,9 +140,35 @@ class CapturedTensors:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, _never):
             start = _sequence_number()
             outputs = list(run())
-        for leaf in unknown_leaves(outputs, self.trainable, where, start):
+        for leaf in unknown_leaves(outputs, [*self.trainable, *inputs], where, start):
             self.add(leaf, f"a tensor that {where} depend on")
         return [output if output is None else output.detach() for output in outputs]
+
+
+@contextmanager
+def without_hooks(tensors: Iterable[torch.Tensor]):
+    """Holds back the gradient hooks of tensors: they are for the gradient, not for each cell's share of it.
+
+    Raises:
+        RuntimeError: if another thread is holding back hooks of the same tensors.
+    """
+    with _lock:
+        if any(tensor in _hooks_held for tensor in tensors):
+            raise RuntimeError(
+                "Parameters with gradient hooks cannot be trained by several threads at a time under gradient "
+                "checkpointing, as their hooks are for whole gradients: give each thread a copy of the model."
+            )
+        hooks = {tensor: tensor._backward_hooks for tensor in tensors if tensor._backward_hooks}
+        for tensor in hooks:
+            tensor._backward_hooks = None
+        _hooks_held.update(hooks)
+    try:
+        yield
+    finally:
+        with _lock:
+            for tensor, held in hooks.items():
+                tensor._backward_hooks = held
+                del _hooks_held[tensor]
 
 
 def unknown_leaves(
@@ -147,6 +213,10 @@ def unknown_leaves(
     return list(found)
 
 
+def _adapters_of(module: nn.Module) -> list:
+    return [copy.copy(getattr(module, name, None)) for name in _ADAPTERS]
+
+
 def _never(packed):
     raise RuntimeError(
         "A tensor that a hook took out of a checkpointed layer cannot be differentiated, as what the layer kept for "
@@ -159,4 +229,6 @@ def _sequence_number() -> int:
     return torch.zeros((), requires_grad=True).view(()).grad_fn._sequence_nr()
 
 
+_lock = threading.Lock()
+_hooks_held = {}  # of tensors that are being differentiated a share at a time
 _ACCUMULATE_GRAD = type(torch.zeros((), requires_grad=True).view(()).grad_fn.next_functions[0][0])

@@ -28,15 +28,21 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import Cache
 
-from .captured_tensors import CapturedTensors, unknown_leaves
+from .captured_tensors import CapturedTensors, unknown_leaves, without_hooks
 from .checkpoint_plan import CheckpointPlan
 from .gradient_sums import GradientSums
 from .host_copies import HostCopies, Pieces
 from .recurrent_state import LayerState, cache_for, cache_layers_of, own, read_state, write_state
-from .sharded_modules import call_through_hooks, plain_forward
+from .sharded_modules import call_through_hooks, has_forward_hooks, plain_forward
+
+_NEW_TENSOR = (
+    "{} depend on a tensor that wants a gradient and that the forward pass did not use on the first segment of the "
+    "sequence: a hook or closure must use the same ones at each call."
+)
 
 
 def segment_bounds(sequence_length: int, sequence_interval: int) -> list[tuple[int, int]]:
@@ -109,19 +115,6 @@ class _RandomState:
             self.restore(before)
 
 
-@contextmanager
-def _without_hooks(parameters: list[torch.Tensor]):
-    """Holds back the gradient hooks of parameters: they are for the gradient, not for each cell's share of it."""
-    hooks = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
-    for parameter, _ in hooks:
-        parameter._backward_hooks = None
-    try:
-        yield
-    finally:
-        for parameter, held in hooks:
-            parameter._backward_hooks = held
-
-
 @dataclass
 class _Walk:
     """Some layers over a whole sequence: everything about it that is no differentiable tensor."""
@@ -148,7 +141,7 @@ class _Walk:
         self.embedded = CapturedTensors({} if self.embedding is None else {"embeddings": self.embedding})
         self.masks = [None] * len(self.segments)
         if self.attention_mask is not None:
-            padded = (self.attention_mask == 0).any(0).tolist()
+            padded = (self.attention_mask != 1).any(0).tolist()
             self.masks = [
                 self.attention_mask[:, start:stop] if any(padded[start:stop]) else None
                 for start, stop in self.segments
@@ -170,6 +163,8 @@ class _Walk:
         }
         self.random = _RandomState(self.device)
         self.first_segment = None
+        modules = [*self.layers, *([] if self.final_norm is None else [self.final_norm])]
+        self.hooked = any(has_forward_hooks(inner) for module in modules for inner in module.modules())
 
     def _capture(self, group: range) -> CapturedTensors:
         modules = {f"layers.{self.first + index}": self.layers[index] for index in group}
@@ -241,18 +236,28 @@ class _Walk:
         pieces = Pieces(hidden_states.detach(), self.segments, self.copies)
         states = [LayerState(*(tensor if tensor is None else tensor.detach() for tensor in state)) for state in states]
         with torch.no_grad(), self.as_in_forward():
-            rows, following = self.enter(pieces.take(0, 1)), []
-            for group, captured in zip(self.groups, self.captured, strict=True):
-
-                def run(group=group, rows=rows):
-                    rows, after = self.run_cell(group, 0, rows, states[group.start : group.stop])
-                    if group.stop == len(self.layers):
-                        rows = self.finish(0, rows)
-                    return rows, *itertools.chain(*after)
-
-                rows, *after = captured.find_others(run, self.name_of(group))
-                following += [LayerState(*pair) for pair in zip(after[::2], after[1::2], strict=True)]
+            rows, following = self._run_recorded(0, self.enter(pieces.take(0, 1)), states)
         self.first_segment = (pieces, random_state, rows, following)
+
+    def _run_recorded(self, segment: int, rows, states: list[LayerState]):
+        """One segment, recorded by autograd, which keeps nothing: what it depends on is captured. And what hooks take
+        out of it is not mistaken for something that wants no gradient."""
+        following = []
+        for group, captured in zip(self.groups, self.captured, strict=True):
+            rows = rows.detach().requires_grad_(self.hooked)
+
+            def run(group=group, rows=rows):
+                rows, after = self.run_cell(group, segment, rows, states[group.start : group.stop])
+                if group.stop == len(self.layers):
+                    rows = self.finish(segment, rows)
+                return rows, *itertools.chain(*after)
+
+            known = len(captured.trainable)
+            rows, *after = captured.find_others(run, self.name_of(group), [rows])
+            if segment > 0 and len(captured.trainable) > known:
+                raise RuntimeError(_NEW_TENSOR.format(self.name_of(group)))
+            following += [LayerState(*pair) for pair in zip(after[::2], after[1::2], strict=True)]
+        return rows, following
 
     def run(self, shape, states: list[LayerState], each_segment=None):
         """The whole walk, one segment after the other, the first of which has run already.
@@ -271,8 +276,11 @@ class _Walk:
             if segment > 0:
                 random_state = self.random.record()
                 rows = self.enter(pieces.take(segment, segment + 1))
-                rows, following = self.run_cell(range(len(self.layers)), segment, rows, states)
-                rows = self.finish(segment, rows)
+                if self.hooked:
+                    rows, following = self._run_recorded(segment, rows, states)
+                else:
+                    rows, following = self.run_cell(range(len(self.layers)), segment, rows, states)
+                    rows = self.finish(segment, rows)
             if each_segment is not None:
                 each_segment(segment, states, random_state)
             states = following
@@ -463,11 +471,8 @@ def _restore_segment(walk, segment, inputs, states, random_state, grad, grad_sta
         del pairs
         where = walk.name_of(group)
         if unknown_leaves(outputs, wanted, where):
-            raise RuntimeError(
-                f"{where} depend on a tensor that wants a gradient and that the forward pass did not use on the first "
-                f"segment of the sequence: a hook or closure must use the same ones at each call."
-            )
-        with _without_hooks(parameters):
+            raise RuntimeError(_NEW_TENSOR.format(where))
+        with without_hooks(parameters):
             gradients = iter(torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True))
         del outputs, grad_outputs
         grad = next(gradients) if rows.requires_grad else None
@@ -500,6 +505,8 @@ def run_checkpointed(
 ) -> torch.Tensor:
     """Runs a stack of layers over a sequence, keeping for backward only what the plan says.
 
+    Hooks in the layers see a segment at a time.
+
     Args:
         layers: the whole stack, called as `layer(hidden_states, cache_params=, attention_mask=)`.
         hidden_states: `(batch_size, sequence_length, hidden_size)`, or with `embedding` what that takes.
@@ -517,13 +524,22 @@ def run_checkpointed(
 
     Raises:
         ValueError: if a single token is to continue a state, or the cache has no place for a layer's own.
-        RuntimeError: if a layer depends on a tensor that wants a gradient and that was computed elsewhere.
+        RuntimeError: if tangents are given, of forward-mode differentiation, or a layer depends on a tensor that wants
+            a gradient and that was computed elsewhere.
     """
     sequence_length = hidden_states.shape[1]
+    if hidden_states.is_floating_point() and forward_ad.unpack_dual(hidden_states).tangent is not None:
+        raise RuntimeError(
+            "Multi-axis gradient checkpointing has no forward-mode derivatives: disable it to have them."
+        )
     states, cached = [LayerState()] * len(layers), []
     if cache_params is not None:
         cached = cache_layers_of(cache_params, layers)
         states = [read_state(layer) for layer in cached]
+        if len({state.conv is None for state in states}) > 1:
+            raise ValueError(
+                "The cache has states of some layers and not of others: give a full one, or an empty one."
+            )
         if sequence_length == 1 and states[0].conv is not None:
             raise ValueError(
                 "Multi-axis gradient checkpointing cannot train on a single token that continues a state: "

@@ -17,7 +17,6 @@ Shape suffixes: B batch, T tokens, K positions, S supervised positions, P positi
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from .captured_tensors import CapturedTensors
+from .captured_tensors import CapturedTensors, without_hooks
 from .gradient_sums import GradientSums
 from .sharded_modules import call_through_hooks, is_sharded, plain_forward
 
@@ -54,23 +53,6 @@ class _Head:
 
     def __call__(self, hidden_states_PD: torch.Tensor) -> torch.Tensor:
         return self.forward(hidden_states_PD.to(self.dtype))
-
-    @contextmanager
-    def aliased(self):
-        """Has the head compute with aliases of its tensors; gives the aliases of those that are trained.
-
-        An alias has no hooks, which wait for a gradient and not for each piece's share of it. And what autocast keeps
-        of one without a gradient, in forward, is never taken for the parameter itself.
-        """
-        aliases = {tensor: tensor.detach().requires_grad_() for tensor in self.captured.trainable}
-        with self.captured:
-            try:
-                for owner, name, tensor in self.captured.places:
-                    owner[name] = aliases.get(tensor, tensor)
-                yield list(aliases.values())
-            finally:
-                for owner, name, tensor in self.captured.places:
-                    owner[name] = tensor
 
 
 def _forward_in_pieces(head: Callable, hidden_states_KD, targets_S, rows_S, positions_per_piece):
@@ -100,7 +82,8 @@ class _LossInPieces(torch.autograd.Function):
         )
         # An adapter of the head may have dropout.
         ctx.random_state = torch.get_rng_state(), *get_device_states(hidden_states_KD, *tensors[:1])
-        with head.aliased():
+        # Without autocast's cache: a weight that was cast while no gradient was wanted must not come back when it is.
+        with torch.autocast(**ctx.autocast, cache_enabled=False):
             loss, log_sums_S = _forward_in_pieces(head, hidden_states_KD, targets_S, rows_S, positions_per_piece)
         ctx.save_for_backward(hidden_states_KD, targets_S, rows_S, log_sums_S)
         return loss
@@ -117,11 +100,12 @@ class _LossInPieces(torch.autograd.Function):
         wants_rows = ctx.needs_input_grad[2]
         grad_hidden_states_KD = torch.zeros_like(hidden_states_KD) if wants_rows else None
         cpu_state, devices, device_states = ctx.random_state
-        kind = ctx.autocast["device_type"]
+        kind, parameters = ctx.autocast["device_type"], head.captured.trainable
         with (
             torch.random.fork_rng(devices, device_type=kind),
             torch.autocast(**ctx.autocast, cache_enabled=True),  # weights are cast once for all pieces
-            head.aliased() as parameters,
+            head.captured,
+            without_hooks(parameters),
         ):
             torch.set_rng_state(cpu_state)
             set_device_states(devices, device_states, device_type=kind)
@@ -145,7 +129,7 @@ class _LossInPieces(torch.autograd.Function):
                 if wants_rows and (grad_PD := gradients.pop()) is not None:
                     grad_hidden_states_KD[rows_P] = grad_PD
             totals = iter(sums.totals())
-        grad_tensors = (next(totals) if tensor.requires_grad else None for tensor in head.tensors)
+        grad_tensors = (next(totals) if tensor in sums.sums else None for tensor in head.tensors)
         return None, None, grad_hidden_states_KD, None, None, *grad_tensors
 
 
@@ -271,8 +255,16 @@ def can_be_in_pieces(model: PreTrainedModel, kwargs: dict) -> bool:
     weight = getattr(head, "weight", None)
     if weight is None or not any(weight is parameter for parameter in head.parameters()):
         return False
+    # Each row by itself, as no other class can promise.
+    if "forward" in vars(head) or not (type(head).forward is nn.Linear.forward or _is_adapted_linear(head)):
+        return False
     hooked = any(getattr(module, hooks) for module in head.modules() for hooks in _HOOKS if not is_sharded(module))
     return weight.is_floating_point() and not hooked and not _has_sharded_parts(head)
+
+
+def _is_adapted_linear(head: nn.Module) -> bool:
+    base = getattr(head, "base_layer", None)
+    return type(head).__module__.startswith("peft.") and type(base).forward is nn.Linear.forward
 
 
 def _has_sharded_parts(head: nn.Module) -> bool:

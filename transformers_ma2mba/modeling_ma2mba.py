@@ -32,7 +32,7 @@ from .multi_axis_checkpointing import (
     is_multi_axis_checkpointed,
 )
 from .recurrent_state import cache_layers_of
-from .sharded_modules import is_sharded, max_over_processes, processes_in_step
+from .sharded_modules import has_forward_hooks, is_sharded, max_over_processes, processes_in_step
 
 
 @dataclass
@@ -241,7 +241,8 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         if torch.compiler.is_compiling() or any(map(is_sharded, self.modules())):
             return {}
         modules = {"vision_tower": self.vision_tower, "multi_modal_projector": self.multi_modal_projector}
-        captured = CapturedTensors(modules)
+        # Transformers takes hidden states out of the tower by hooks, which come with its first call.
+        captured = CapturedTensors(modules, with_hooks=False)
         return {"context_fn": lambda: (nullcontext(), captured)}
 
     def _place_features(self, inputs_embeds_BTD, input_ids_BT, features_FND, token_id, name):
@@ -353,6 +354,8 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
             inputs_embeds = self._with_idle_pieces(inputs_embeds, num_idle_pieces)
 
         options = dict(use_cache=use_cache, attention_mask=attention_mask, lean_scan=True)
+        # A grid leaves out what nobody wants; the stock forward pass does not know of this, nor do hooks.
+        leaves_out = is_multi_axis_checkpointed(self.language_model) and not has_forward_hooks(self.language_model)
         in_one_piece = inputs_embeds.shape[1] <= self._tokens_per_pass(len(inputs_embeds))
         if torch.is_grad_enabled() or output_hidden_states or in_one_piece:
             outputs = self.language_model(
@@ -360,8 +363,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
                 cache_params=cache_params,
                 output_hidden_states=output_hidden_states,
                 return_dict=True,
-                # A grid leaves out what nobody wants; the stock forward pass does not know of this.
-                **({"rows_to_keep": rows_to_keep} if is_multi_axis_checkpointed(self.language_model) else {}),
+                **({"rows_to_keep": rows_to_keep} if leaves_out else {}),
                 **options,
             )
         else:

@@ -54,7 +54,7 @@ class _Pass:
             from_ids,
             whole_output,
             trained=trained_sizes(model.layers, model.embeddings),
-            accumulating=any(parameter.grad is not None for parameter in model.layers.parameters()),
+            accumulating=any(p.is_leaf and p.grad is not None for p in model.layers.parameters()),
             sharded=any(map(is_sharded, model.layers)),
             device=kind,
         )

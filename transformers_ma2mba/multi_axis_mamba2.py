@@ -13,7 +13,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2CausalLMOutput, Mam
 from .checkpoint_grid import run_checkpointed
 from .fused_layer import forwards_of
 from .loss_in_pieces import can_be_in_pieces, causal_lm_loss
-from .sharded_modules import is_sharded, processes_in_step
+from .sharded_modules import has_forward_hooks, is_sharded, processes_in_step
 from .swapped_class import Swappable
 
 
@@ -50,7 +50,9 @@ class MultiAxisMamba2Model(Swappable, Mamba2Model):
                 input_ids, inputs_embeds, cache_params, use_cache, attention_mask, rows_to_keep, **kwargs
             )
         else:
-            outputs = super().forward(
+            # By name, not by `super()`: others may have bound this method, and call it when the class is gone again.
+            outputs = Mamba2Model.forward(
+                self,
                 input_ids,
                 inputs_embeds=inputs_embeds,
                 cache_params=cache_params,
@@ -72,7 +74,7 @@ class MultiAxisMamba2Model(Swappable, Mamba2Model):
         def around(self, *args, **kwargs):
             settings = vars(self).get("_multi_axis_checkpointing")
             passes = settings and settings.passes
-            outputs = super(swapped, self).forward(*args, **kwargs)
+            outputs = forward(self, *args, **kwargs)
             if settings and self.training and torch.is_grad_enabled() and settings.passes == passes:
                 raise RuntimeError(
                     f"{type(self).__name__} has a forward of its own that does not call super().forward, where "
@@ -98,20 +100,22 @@ class MultiAxisMamba2Model(Swappable, Mamba2Model):
         if use_cache and cache_params is None:
             cache_params = DynamicCache(config=self.config)
         for layer in self.layers:
-            layer.gradient_checkpointing = False  # Transformers' own, if Trainer has switched it on: once is enough
+            if layer.gradient_checkpointing:
+                layer.gradient_checkpointing = False  # Transformers' own, switched on by Trainer: once is enough
+        _refuse_what_sees_the_whole_sequence(self.layers)
+        mask = create_recurrent_attention_mask(
+            config=self.config, inputs_embeds=inputs, attention_mask=attention_mask, past_key_values=cache_params
+        )
         forwards, fused = forwards_of(list(self.layers), self.norm_f.weight.device)
+        if fused and mask is not None and bool(((mask != 0) & (mask != 1)).any()):
+            forwards, fused = None, False  # the kernels know tokens and padding, and nothing between
         hidden_states = run_checkpointed(
             list(self.layers),
             inputs,
             self._multi_axis_checkpointing.plan(self, inputs, fused, whole_output=rows_to_keep is None),
             forwards=forwards,
             embedding=embedding,
-            attention_mask=create_recurrent_attention_mask(
-                config=self.config,
-                inputs_embeds=inputs,
-                attention_mask=attention_mask,
-                past_key_values=cache_params,
-            ),
+            attention_mask=mask,
             cache_params=cache_params,
             final_norm=self.norm_f,
             rows_to_keep=rows_to_keep,
@@ -149,26 +153,51 @@ class MultiAxisMamba2ForCausalLM(Swappable, Mamba2ForCausalLM):
         in_grid = "_multi_axis_checkpointing" in vars(self.backbone) and self.training and torch.is_grad_enabled()
         whole = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0
         if not in_grid or labels is None or whole or not can_be_in_pieces(self, kwargs):
-            return super().forward(
-                labels=labels, return_dict=return_dict, logits_to_keep=logits_to_keep, **inputs, **kwargs
+            return Mamba2ForCausalLM.forward(
+                self, labels=labels, return_dict=return_dict, logits_to_keep=logits_to_keep, **inputs, **kwargs
             )
         ignored = kwargs.get("ignore_index", -100)
         targets = kwargs.pop("shift_labels", None)
         if targets is None:
             targets = F.pad(labels[:, 1:], (0, 1), value=ignored)
-        supervised = (targets != ignored).to(self.backbone.norm_f.weight.device)
-        outputs = self.backbone(**inputs, return_dict=True, rows_to_keep=supervised)
-        targets = targets.to(supervised.device)[supervised]
-        loss = causal_lm_loss(self.lm_head, outputs.last_hidden_state, None, shift_labels=targets, **kwargs)
+        if not has_forward_hooks(self.backbone):  # which are to see all rows
+            inputs["rows_to_keep"] = targets != ignored
+        outputs = self.backbone(**inputs, return_dict=True)
+        rows = outputs.last_hidden_state
+        if "rows_to_keep" in inputs:
+            targets = targets[inputs["rows_to_keep"]]
+        loss = causal_lm_loss(self.lm_head, rows, None, shift_labels=targets.to(rows.device), **kwargs)
         outputs = Mamba2CausalLMOutput(
             loss=loss, cache_params=outputs.cache_params, hidden_states=outputs.hidden_states
         )
         return outputs if return_dict or (return_dict is None and self.config.return_dict) else outputs.to_tuple()
 
 
+def _refuse_what_sees_the_whole_sequence(layers: nn.ModuleList):
+    """
+    Raises:
+        ValueError: for adapters that count positions, and for layers that others checkpoint, too.
+    """
+    for path, module in layers.named_modules(prefix="layers"):
+        if any(
+            type(variant).__name__.startswith("ALora") for variant in vars(module).get("lora_variant", {}).values()
+        ):
+            raise ValueError(
+                f"{path} has an activated LoRA adapter, which counts positions of the whole sequence, and multi-axis "
+                f"gradient checkpointing runs layers a segment at a time: disable one of them."
+            )
+        if hasattr(module, "_checkpoint_wrapped_module"):
+            raise ValueError(
+                f"{path} is checkpointed by PyTorch's wrapper, too: take the wrapper off, or disable multi-axis "
+                f"gradient checkpointing."
+            )
+
+
 def _only_looks_up(embedding: nn.Module) -> bool:
     """Whether a module is an embedding and nothing else: no hooks, such as PEFT's, no adapter, no sparse gradients."""
-    hooks = embedding._forward_hooks or embedding._forward_pre_hooks or "forward" in vars(embedding)
+    hooks = has_forward_hooks(embedding) or embedding._backward_hooks or embedding._backward_pre_hooks
+    module = torch.nn.modules.module
+    hooks = hooks or module._global_backward_hooks or module._global_backward_pre_hooks or "forward" in vars(embedding)
     plain = type(embedding) is nn.Embedding and embedding.max_norm is None
     return plain and not (hooks or embedding.sparse or embedding.scale_grad_by_freq)
 

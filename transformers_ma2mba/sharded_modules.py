@@ -21,6 +21,13 @@ def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule) or "ds_id" in vars(module)  # by which ZeRO-3 knows a module
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether calls of this very module come by hooks that are not those of sharding."""
+    if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
+        return True
+    return not is_sharded(module) and bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def plain_forward(module: nn.Module) -> Callable:
     """What to call for a module inside `call_through_hooks`: where it is sharded, its hooks run around the whole."""
     return module.forward if is_sharded(module) else module
