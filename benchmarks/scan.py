@@ -40,12 +40,6 @@ SIZES = {
 }
 
 
-def stock_scan():
-    """Transformers' own, also where this package has put its dispatcher before it."""
-    scan = modeling_mamba2.mamba2_chunk_scan
-    return scan.__wrapped__ if getattr(scan, "takes_lean_scan", False) else scan
-
-
 def make_inputs(size: str, device: str) -> dict:
     """Arguments of the scan, all with gradients, and the gradient of its output under `"dy"`."""
     batch_size, length, heads, head_dim, state_size, groups, chunk_size = SIZES[size]
@@ -106,7 +100,7 @@ def milliseconds(seconds: list[float]) -> float:
 def measure_times(size: str, device: str, repeats: int) -> dict:
     """Medians of both forms, which take turns."""
     inputs = make_inputs(size, device)
-    scans = {"stock": stock_scan(), "ours": module.ssd_scan}
+    scans = {"stock": modeling_mamba2.mamba2_chunk_scan, "ours": module.ssd_scan}
     taken = {name: [] for name in scans}
     start = time.perf_counter()
     while len(taken["ours"]) <= repeats or time.perf_counter() - start < 1:
@@ -132,7 +126,7 @@ def resident(field: str) -> int:
 
 def measure_memory(name: str, size: str, device: str) -> int:
     """Bytes that one forward and backward take above the inputs, in this process."""
-    scan = {"stock": stock_scan(), "ours": module.ssd_scan}[name]
+    scan = {"stock": modeling_mamba2.mamba2_chunk_scan, "ours": module.ssd_scan}[name]
     # Libraries load and allocate at their first use.
     SIZES["small"] = (1, 8, 2, 2, 2, 1, 8)
     forward_backward(scan, **make_inputs("small", device))

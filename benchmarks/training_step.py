@@ -223,9 +223,9 @@ class TrainingStep(Step):
             groups = [LayerGroup(layers[first : first + size]) for first in range(0, len(layers), size)]
             model.layers = nn.ModuleList(groups)
         if method == "every-layer-lean":
-            from transformers_ma2mba.ssd_scan import install_scan_dispatcher
+            from transformers_ma2mba.kernel_choice import hold
 
-            install_scan_dispatcher()
+            hold(model)
             self.options["lean_scan"] = True
         if method.startswith("MA-GC"):
             from transformers_ma2mba.multi_axis_checkpointing import enable_multi_axis_checkpointing

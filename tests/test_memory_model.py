@@ -10,6 +10,7 @@ from tiny import tiny_text_config
 from transformers.models.mamba2 import modeling_mamba2
 
 from transformers_ma2mba.configuration_ma2mba import Ma2mbaConfig
+from transformers_ma2mba.kernel_choice import hold
 from transformers_ma2mba.memory_model import (
     TrainedSizes,
     indexable_tokens,
@@ -19,7 +20,6 @@ from transformers_ma2mba.memory_model import (
     trained_sizes,
 )
 from transformers_ma2mba.recurrent_state import carried_cache, read_state, write_state
-from transformers_ma2mba.ssd_scan import install_scan_dispatcher
 
 GiB = 2**30
 
@@ -58,12 +58,12 @@ def test_a_stock_block_keeps_what_the_formula_says(trained, dtype, n_groups, res
     config = tiny_text_config(
         hidden_size=96, head_dim=24, num_heads=8, n_groups=n_groups, residual_in_fp32=residual_in_fp32
     )
-    install_scan_dispatcher()
     block = modeling_mamba2.Mamba2Block(config, layer_idx=0).to(dtype).train()
     block.requires_grad_(trained == "everything")
     if trained == "adapters":  # in float32, whatever the weights are
         inject_adapter_in_model(LoraConfig(r=1, target_modules=["in_proj", "out_proj"]), torch.nn.ModuleList([block]))
     sizes = trained_sizes([block])
+    hold(block)
     cache = carried_cache(1)
     with torch.no_grad():
         block(torch.randn(1, 8, config.hidden_size, dtype=dtype), cache_params=cache)

@@ -15,17 +15,17 @@ from torch.utils._pytree import tree_leaves
 from transformers import Mamba2Model
 from transformers.models.mamba2 import modeling_mamba2
 
+from transformers_ma2mba import kernel_choice
 from transformers_ma2mba import ssd_scan as module
-from transformers_ma2mba.ssd_scan import install_scan_dispatcher, ssd_scan
+from transformers_ma2mba.ssd_scan import ssd_scan
 
 EXACT = dict(rtol=1e-10, atol=1e-10)  # float64 throughout, values around one
 ROUNDED = 2e-5  # of the greatest value of a tensor: two ways of rounding in float32, through two layers
 
 
 def stock_scan():
-    """Transformers' own, also after another module has installed the dispatcher."""
-    scan = modeling_mamba2.mamba2_chunk_scan
-    return scan.__wrapped__ if getattr(scan, "takes_lean_scan", False) else scan
+    """Transformers' own, also while a model holds the dispatchers."""
+    return inspect.unwrap(modeling_mamba2.mamba2_chunk_scan)
 
 
 def naive_scan(
@@ -317,14 +317,6 @@ def test_names_the_tensor_that_does_not_fit(name):
         ssd_scan(**inputs, chunk_size=8)
 
 
-@pytest.fixture
-def dispatcher(monkeypatch):
-    """Installed on the stock scan, and undone afterwards."""
-    monkeypatch.setattr(modeling_mamba2, "mamba2_chunk_scan", stock_scan())
-    install_scan_dispatcher()
-    return modeling_mamba2.mamba2_chunk_scan
-
-
 def text_model(**options):
     torch.manual_seed(0)
     model = Mamba2Model(tiny_text_config(**options))
@@ -351,13 +343,13 @@ def run_model(model, input_ids, cache_params=None, **options):
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 def test_without_the_keyword_nothing_changes(monkeypatch, training):
-    monkeypatch.setattr(modeling_mamba2, "mamba2_chunk_scan", stock_scan())
     model = text_model().train(training)
     input_ids = torch.arange(2 * 21).view(2, 21) % VOCABULARY
-    expected = run_model(model, input_ids)
-    install_scan_dispatcher()
-    monkeypatch.setattr(module, "ssd_scan", None)
-    assert modeling_mamba2.mamba2_chunk_scan is not stock_scan()
+    with monkeypatch.context() as patched:
+        patched.setattr(modeling_mamba2, "mamba2_chunk_scan", stock_scan())
+        expected = run_model(model, input_ids)
+    kernel_choice.hold(model)
+    monkeypatch.setattr(kernel_choice, "ssd_scan", None)
     assert_same(run_model(model, input_ids), expected, rtol=0, atol=0)
     assert_same(run_model(model, input_ids, lean_scan=False), expected, rtol=0, atol=0)
 
@@ -369,7 +361,7 @@ def assert_rounded(found, expected):
 
 
 @pytest.fixture
-def called(dispatcher, monkeypatch):
+def called(monkeypatch):
     """The lengths that went through the lean scan."""
     lengths = []
 
@@ -377,7 +369,7 @@ def called(dispatcher, monkeypatch):
         lengths.append(hidden_states.shape[1])
         return ssd_scan(hidden_states, *args, **kwargs)
 
-    monkeypatch.setattr(module, "ssd_scan", counted)
+    monkeypatch.setattr(kernel_choice, "ssd_scan", counted)
     return lengths
 
 
@@ -387,6 +379,7 @@ def called(dispatcher, monkeypatch):
 @pytest.mark.parametrize("length, chunk_size", [(1, 8), (21, 8), (67, 32), (131, 64)])
 def test_model_with_the_keyword_equals_stock(called, length, chunk_size, groups, training, padding):
     model = text_model(chunk_size=chunk_size, n_groups=groups).train(training)
+    kernel_choice.hold(model)
     input_ids = torch.arange(2 * length).view(2, length) % VOCABULARY
     attention_mask = torch.ones_like(input_ids)
     attention_mask[0, : min(padding, length - 1)] = 0
@@ -401,6 +394,7 @@ def test_model_with_the_keyword_equals_stock(called, length, chunk_size, groups,
 @pytest.mark.parametrize("length", [2, 21])
 def test_model_continues_from_a_cache_as_stock_does(called, length, groups):
     model = text_model(n_groups=groups)
+    kernel_choice.hold(model)
     input_ids = torch.arange(2 * (13 + length)).view(2, -1) % VOCABULARY
     with torch.no_grad():
         cache = model(input_ids[:, :13], use_cache=True).cache_params
@@ -411,25 +405,5 @@ def test_model_continues_from_a_cache_as_stock_does(called, length, groups):
     assert_rounded(found, expected)
 
 
-def test_dispatcher_is_installed_once_and_looks_like_stock(dispatcher):
-    install_scan_dispatcher()
-    assert modeling_mamba2.mamba2_chunk_scan is dispatcher
-    assert dispatcher.__name__ == stock_scan().__name__
-    assert inspect.signature(dispatcher) == inspect.signature(stock_scan())
+def test_it_takes_what_transformers_scan_takes():
     assert list(inspect.signature(ssd_scan).parameters) == list(inspect.signature(stock_scan()).parameters)
-
-
-def test_kernel_stays_in_use_where_it_can_run(monkeypatch):
-    calls = []
-
-    class OnCuda:
-        is_cuda = True
-
-    monkeypatch.setattr(modeling_mamba2, "mamba2_chunk_scan", lambda *args, **kwargs: calls.append((args, kwargs)))
-    install_scan_dispatcher()
-    monkeypatch.setattr(module, "ssd_scan", lambda *args, **kwargs: calls.append("lean"))
-    tensor = OnCuda()
-    for importable in (True, False):
-        monkeypatch.setattr(module, "_kernel_is_importable", lambda importable=importable: importable)
-        modeling_mamba2.mamba2_chunk_scan(tensor, 1, lean_scan=True, chunk_size=2)
-    assert calls == [((tensor, 1), {"chunk_size": 2}), "lean"]

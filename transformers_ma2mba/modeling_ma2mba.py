@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 from .captured_tensors import CapturedTensors
 from .checkpoint_grid import segment_bounds
 from .configuration_ma2mba import Ma2mbaConfig
+from .kernel_choice import hold
 from .loss_in_pieces import can_be_in_pieces, causal_lm_loss
 from .memory_model import indexable_tokens
 from .multi_axis_checkpointing import (
@@ -163,7 +164,12 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         self.multi_modal_projector = Ma2mbaMultiModalProjector(config)
         # What is asked of attention is asked of the vision encoder: Mamba-2 has none, and would refuse.
         self.language_model = AutoModel.from_config(config.text_config, attn_implementation="eager")
+        hold(self)
         self.post_init()
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        hold(self)  # a copy may be compiled before it is first called
 
     def freeze_what_no_feature_reaches(self):
         """Features are taken below the last layers of the vision tower. What lies above never gets a gradient; saying
@@ -336,6 +342,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
+        hold(self)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 

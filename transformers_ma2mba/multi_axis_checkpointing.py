@@ -12,15 +12,11 @@ from torch import nn
 from transformers import Mamba2ForCausalLM, Mamba2Model, PreTrainedModel
 
 from .checkpoint_plan import CheckpointPlan, check_interval, check_memory_budget, plan_checkpoints
+from .kernel_choice import hold, release
 from .memory_model import TrainedSizes, trained_sizes
 from .multi_axis_mamba2 import MultiAxisMamba2ForCausalLM, MultiAxisMamba2Model
 from .sharded_modules import gather_at_once, gather_piecemeal, is_sharded, max_over_processes, processes_in_step
-from .ssd_scan import install_scan_dispatcher
-from .stock_kernels import keep_kernels_off_the_cpu
 from .swapped_class import is_passed_by, restore_class, swap_class
-
-keep_kernels_off_the_cpu()
-install_scan_dispatcher()
 
 _USABLE = 0.85  # of what is free: the rest is for fragments, and for what is beside the language model
 
@@ -234,6 +230,7 @@ def enable_multi_axis_checkpointing(
     settings.gathered_at_once = gather_at_once(trunk.layers)
     if is_multi_axis_checkpointed(trunk):
         settings.gathered_at_once += trunk._multi_axis_checkpointing.gathered_at_once
+    hold(trunk)
     trunk._multi_axis_checkpointing = settings
     swap_class(trunk, MultiAxisMamba2Model)
     if is_passed_by(trunk):
@@ -250,6 +247,7 @@ def enable_multi_axis_checkpointing(
 def disable_multi_axis_checkpointing(model: nn.Module) -> nn.Module:
     """Gives a model its plain forward pass back. Returns the model."""
     trunk = _mamba2_of(model)
+    release(trunk)
     if is_multi_axis_checkpointed(trunk):
         gather_piecemeal(trunk._multi_axis_checkpointing.gathered_at_once)
         del trunk._multi_axis_checkpointing

@@ -12,6 +12,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2CausalLMOutput, Mam
 
 from .checkpoint_grid import run_checkpointed
 from .fused_layer import forwards_of
+from .kernel_choice import hold
 from .loss_in_pieces import can_be_in_pieces, causal_lm_loss
 from .sharded_modules import has_forward_hooks, is_sharded, processes_in_step
 from .swapped_class import Swappable
@@ -88,6 +89,7 @@ class MultiAxisMamba2Model(Swappable, Mamba2Model):
     def _forward_in_grid(
         self, input_ids, inputs_embeds, cache_params, use_cache, attention_mask, rows_to_keep, **kwargs
     ) -> Mamba2Output:
+        hold(self)
         if kwargs.get("seq_idx") is not None or kwargs.get("cu_seqlens") is not None:
             raise ValueError("Multi-axis gradient checkpointing cannot keep packed sequences apart: pad them instead.")
         if (input_ids is None) == (inputs_embeds is None):

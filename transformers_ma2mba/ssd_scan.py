@@ -8,13 +8,11 @@ Shape suffixes: B batch, T tokens, H heads, P channels of a head, G groups, N st
 C tiles of a span, Q tokens of a tile (twice where one stands for the target and one for the source).
 """
 
-import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from transformers.models.mamba2 import modeling_mamba2
 
 # The result does not depend on how tokens are cut into tiles. Work on pairs of tokens grows with the tile, work on
 # states falls with it; `benchmarks/scan.py --tile` measures where they meet.
@@ -357,32 +355,3 @@ def _crossing_sums(products_BCGKQQ: torch.Tensor) -> torch.Tensor:
     ones = torch.ones(length, length, dtype=products_BCGKQQ.dtype, device=products_BCGKQQ.device)
     sums = (products_BCGKQQ.view(-1, length) @ ones.triu(1)).view(products_BCGKQQ.shape)
     return sums.mul_(ones.tril()).sum(-2)
-
-
-def install_scan_dispatcher() -> None:
-    """Lets Transformers' Mamba-2 choose this scan by the keyword `lean_scan=True` of its forward.
-
-    Mamba2Model hands keywords that it does not know down to the scan. Without that keyword, nothing changes. Where
-    mamba-ssm's kernel can run, it is faster still, and stays in use. Installing it again has no effect.
-    """
-    stock = modeling_mamba2.mamba2_chunk_scan
-    if getattr(stock, "takes_lean_scan", False):
-        return
-
-    @functools.wraps(stock)
-    def mamba2_chunk_scan(hidden_states, *args, lean_scan=False, **kwargs):
-        if lean_scan and not (hidden_states.is_cuda and _kernel_is_importable()):
-            return ssd_scan(hidden_states, *args, **kwargs)
-        return stock(hidden_states, *args, **kwargs)
-
-    mamba2_chunk_scan.takes_lean_scan = True
-    modeling_mamba2.mamba2_chunk_scan = mamba2_chunk_scan
-
-
-@functools.cache
-def _kernel_is_importable() -> bool:
-    try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined  # noqa: F401
-    except Exception:  # as Transformers does: a broken installation fails in many ways
-        return False
-    return True
