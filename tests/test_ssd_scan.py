@@ -246,6 +246,76 @@ def test_a_state_that_is_overwritten_before_the_backward(small_tiles):
     assert_close(found, expected, rtol=0, atol=0)
 
 
+# As torch.compile sees it: an operator, and another for its backward.
+
+
+@pytest.fixture
+def as_in_a_graph(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+@pytest.mark.parametrize("use", [["y"], ["state"], ["y", "state"]], ids=" and ".join)
+@pytest.mark.parametrize("optional", [False, True], ids=["required inputs", "all inputs"])
+@pytest.mark.parametrize("length", [7, 53])
+def test_operator_is_the_function(small_tiles, as_in_a_graph, length, optional, use, monkeypatch):
+    monkeypatch.setattr(module, "NUMBERS_PER_SPAN", {"cpu": 16 * 4 * 8})  # one row at a time
+    inputs = random_inputs(length, groups=2, optional=optional)
+    found = with_gradients(ssd_scan, inputs, use)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "TILE", {"cpu": 8})
+    monkeypatch.setattr(module, "TILES_PER_SPAN", 2)
+    monkeypatch.setattr(module, "_scan_operator", None)
+    assert_same(found, with_gradients(ssd_scan, inputs, use), **EXACT)
+    assert_same(found, with_gradients(naive_scan, inputs, use), **EXACT)
+
+
+@pytest.mark.parametrize("optional", [False, True], ids=["required inputs", "all inputs"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_operators_are_what_they_say(small_tiles, as_in_a_graph, monkeypatch, dtype, optional):
+    """Shapes, strides and types as their fakes give them, no aliases, gradients registered: PyTorch's own checks, on
+    the arguments that the scan and autograd call them with."""
+    calls = {}
+
+    def recorded(operator):
+        def call(*args):
+            calls[operator] = args
+            return operator(*args)
+
+        return call
+
+    for name in ("_scan_operator", "_backward_operator"):
+        monkeypatch.setattr(module, name, recorded(getattr(module, name)))
+    inputs = random_inputs(37, groups=2, dtype=dtype, optional=optional)
+    with_gradients(ssd_scan, inputs)
+    assert len(calls) == 2
+    for operator, args in calls.items():
+        torch.library.opcheck(operator, args)
+
+
+@pytest.mark.parametrize("tile, tiles_per_span", [(1, 1), (4, 1), (4, 3)])
+def test_number_of_spans(monkeypatch, tile, tiles_per_span):
+    monkeypatch.setattr(module, "TILE", {"cpu": tile})
+    monkeypatch.setattr(module, "TILES_PER_SPAN", tiles_per_span)
+    for length in range(1, 50):
+        (spans,) = module._spans(torch.empty(1, length, 1, 1))
+        assert module._num_spans(length, tile) == len(spans)
+
+
+def test_states_are_kept_for_gradients_only(small_tiles, monkeypatch):
+    kept, outputs = [], module._outputs
+
+    def recorded(*args):
+        kept.append(outputs(*args)[2].numel())
+        return outputs(*args)
+
+    monkeypatch.setattr(module, "_outputs", recorded)
+    inputs = random_inputs(53, optional=False)
+    with torch.no_grad():
+        expected = ssd_scan(**inputs, chunk_size=8)
+    assert_close(ssd_scan(**inputs, chunk_size=8), expected, rtol=0, atol=0)
+    assert kept == [0, 3 * 2 * 4 * 3 * 5]  # spans after the first, rows, heads, channels, state size
+
+
 def test_gradients_of_gradients_are_refused():
     inputs = random_inputs(5)
     y = ssd_scan(**inputs, chunk_size=8)

@@ -4,6 +4,9 @@ Transformers' own fallback repeats B and C for every head, and autograd keeps se
 per head for the backward. Here the heads of a group share C Bᵀ, a few hundred tokens are worked on at a time, and the
 backward makes anew whatever is as large as that; what is kept are the inputs and a state every few hundred tokens.
 
+To `torch.compile`, forward and backward are operators, each one node of its graph: the loops over tokens are not
+unrolled, and one graph serves every length.
+
 Shape suffixes: B batch, T tokens, H heads, P channels of a head, G groups, N state size, K heads of a group,
 C tiles of a span, Q tokens of a tile (twice where one stands for the target and one for the source).
 """
@@ -88,41 +91,44 @@ def ssd_scan(
             )
 
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-    with _no_autocast(hidden_states.device):
-        # Small next to the rest, so left to autograd.
-        dt = dt.to(dtype)
-        if dt_bias is not None:
-            dt = dt + dt_bias.to(dtype)
-        if dt_softplus:
-            dt = F.softplus(dt)
-        if tuple(dt_limit) != (-float("inf"), float("inf")):
-            dt = dt.clamp(*dt_limit)
-        state_BGNKP = None
-        if initial_states is not None:
-            # A copy in any case: caches update their states in place, and the backward needs this one.
-            state_BGNKP = (
-                initial_states.to(hidden_states.device, dtype)
-                .unflatten(1, (num_groups, -1))
-                .permute(0, 1, 4, 2, 3)
-                .clone(memory_format=torch.contiguous_format)
-            )
-        y, final_BGNKP = _SSDScan.apply(
-            hidden_states,
-            dt,
-            A.to(dtype),
-            B,
-            C,
-            None if D is None else D.to(dtype),
-            state_BGNKP,
-            return_final_states,
-        )
-        if not return_final_states:
-            return y
-        return y, final_BGNKP.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
+    # Small next to the rest, so left to autograd.
+    dt = dt.to(dtype)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dtype)
+    if dt_softplus:
+        dt = F.softplus(dt)
+    if tuple(dt_limit) != (-float("inf"), float("inf")):
+        dt = dt.clamp(*dt_limit)
+    state_BGNKP = None
+    if initial_states is not None:
+        state = initial_states.to(hidden_states.device, dtype)
+        state_BGNKP = state.unflatten(1, (num_groups, -1)).permute(0, 1, 4, 2, 3)
+    inputs = (hidden_states, dt, A.to(dtype), B, C, None if D is None else D.to(dtype), state_BGNKP)
+    in_graph, num_starts = torch.compiler.is_compiling(), 0
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        num_starts = _num_spans(sequence_length, TILE[_kind(hidden_states.device)])
+        # Without a state, the first span starts from nothing, and nothing is kept of it. In a graph there is room for
+        # it all the same: a number that may be zero would make PyTorch compile a graph for zero alone.
+        if state_BGNKP is None and not in_graph:
+            num_starts -= 1
+    y, final_BGNKP, _ = (_scan_operator if in_graph else _Scan.apply)(*inputs, return_final_states, num_starts)
+    if not return_final_states:
+        return y
+    return y, final_BGNKP.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
 
 
 def _no_autocast(device: torch.device):
     return torch.autocast(device.type if torch.amp.is_autocast_available(device.type) else "cpu", enabled=False)
+
+
+def _kind(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else "other"
+
+
+def _num_spans(sequence_length: int, tile: int) -> int:
+    """How many spans `_spans` makes of a sequence, without a branch: then torch.compile need not know its length."""
+    whole, left_over = sequence_length // tile, sequence_length % tile
+    return (whole + TILES_PER_SPAN - 1) // TILES_PER_SPAN + (left_over + tile - 1) // tile
 
 
 def _spans(hidden_states_BTHP: torch.Tensor) -> list[list[tuple[slice, slice, int]]]:
@@ -131,7 +137,7 @@ def _spans(hidden_states_BTHP: torch.Tensor) -> list[list[tuple[slice, slice, in
     The tokens left over at the end are a tile of their own, so that nothing needs padding.
     """
     batch_size, sequence_length, num_heads, head_dim = hidden_states_BTHP.shape
-    kind = "cpu" if hidden_states_BTHP.device.type == "cpu" else "other"
+    kind = _kind(hidden_states_BTHP.device)
     tile = TILE[kind]
     span = tile * TILES_PER_SPAN
     full = sequence_length - sequence_length % tile
@@ -196,14 +202,17 @@ class _Span:
         written_BCGQKP = torch.empty(x_BCGQKP.shape, dtype=x_BCGQKP.dtype, device=x_BCGQKP.device)
         return torch.mul(x_BCGQKP, weights_BCGKQ.transpose(3, 4)[..., None], out=written_BCGQKP)
 
-    def states(self, state_BGNKP: torch.Tensor | None, written_BCGQKP: torch.Tensor):
-        """The states in which the tiles start, `(B, C, G, N, K, P)`, and that in which the last of them ends."""
+    def states(self, state_BGNKP: torch.Tensor | None, written_BCGQKP: torch.Tensor, end_BGNKP=None):
+        """The states in which the tiles start, `(B, C, G, N, K, P)`, and that in which the last of them ends, which is
+        written to `end_BGNKP` if given."""
         added = self.B_BCGQN.transpose(-1, -2) @ written_BCGQKP.flatten(-2)
-        return _run(added.unflatten(-1, written_BCGQKP.shape[-2:]), self.decay_BCG1K1, state_BGNKP, reverse=False)
+        added_BCGNKP = added.unflatten(-1, written_BCGQKP.shape[-2:])
+        return _run(added_BCGNKP, self.decay_BCG1K1, state_BGNKP, end_BGNKP)
 
 
-def _run(added_BCGNKP, decay_BCG1K1, state_BGNKP, reverse: bool):
-    """`state = decay * state + added` from tile to tile: the states before each of them, and that after all."""
+def _run(added_BCGNKP, decay_BCG1K1, state_BGNKP, after_BGNKP=None, reverse: bool = False):
+    """`state = decay * state + added` from tile to tile: the states before each of them, and that after all, which is
+    written to `after_BGNKP` if given."""
     tiles = added_BCGNKP.shape[1]
     before_BCGNKP = torch.empty_like(added_BCGNKP)
     order = list(reversed(range(tiles)) if reverse else range(tiles))
@@ -211,28 +220,50 @@ def _run(added_BCGNKP, decay_BCG1K1, state_BGNKP, reverse: bool):
         before_BCGNKP[:, order[0]].zero_()
     else:
         before_BCGNKP[:, order[0]] = state_BGNKP
-    after_BGNKP = torch.empty_like(added_BCGNKP[:, 0])
+    if after_BGNKP is None:
+        after_BGNKP = torch.empty_like(added_BCGNKP[:, 0])
     for tile, following in zip(order, order[1:] + [None], strict=True):
         target = after_BGNKP if following is None else before_BCGNKP[:, following]
         torch.addcmul(added_BCGNKP[:, tile], before_BCGNKP[:, tile], decay_BCG1K1[:, tile], out=target)
     return before_BCGNKP, after_BGNKP
 
 
-class _SSDScan(torch.autograd.Function):
-    """`dt` is the final step size here, and states have the layout `(B, G, N, K, P)`, in which reading and writing
-    them is one matrix product for all heads of a group."""
+def _state_shape(hidden_states, B) -> tuple[int, ...]:
+    """`(B, G, N, K, P)`, in which reading and writing states is one matrix product for all heads of a group."""
+    batch_size, _, num_heads, head_dim = hidden_states.shape
+    num_groups, state_size = B.shape[2:]
+    return batch_size, num_groups, state_size, num_heads // num_groups, head_dim
 
-    @staticmethod
-    def forward(ctx, hidden_states, dt, A, B, C, D, state, return_final_states):
-        num_groups, dtype = B.shape[2], dt.dtype
-        y = torch.empty(hidden_states.shape, dtype=dtype, device=dt.device)
-        ctx.spans = _spans(hidden_states)
-        starts, ends = [], []
-        for spans in ctx.spans:
+
+def _outputs(hidden_states, dt, B, return_final_states: bool, num_starts: int):
+    """The tensors that `_forward` writes. A final state not wanted is empty, as an operator returns as many always."""
+    y = dt.new_empty(hidden_states.shape)
+    final_BGNKP = dt.new_empty(_state_shape(hidden_states, B) if return_final_states else 0)
+    # In one dimension, of which torch.compile knows that it is neither 0 nor 1: for these it would make other graphs.
+    return y, final_BGNKP, dt.new_empty(num_starts * math.prod(_state_shape(hidden_states, B)))
+
+
+def _each_start(starts, hidden_states, B):
+    """`(S, B, G, N, K, P)`: the states in which the last S spans start, as `_outputs` has them in one dimension."""
+    state_shape = _state_shape(hidden_states, B)
+    return starts.view(starts.numel() // math.prod(state_shape), *state_shape)
+
+
+def _forward(hidden_states, dt, A, B, C, D, state, return_final_states, num_starts):
+    """Outputs, final state, and the states in which the last `num_starts` spans start: all, or all but the first, or
+    none. `dt` is the final step size here."""
+    num_groups = B.shape[2]
+    y, final_BGNKP, starts = _outputs(hidden_states, dt, B, return_final_states, num_starts)
+    starts_SBGNKP = _each_start(starts, hidden_states, B)
+    with _no_autocast(dt.device):
+        for spans in _spans(hidden_states):
             state_BGNKP = None if state is None else state[spans[0][0]]
+            if num_starts == len(spans):
+                # A copy: caches update their states in place, and the backward needs this one.
+                starts_SBGNKP[0, spans[0][0]] = 0 if state is None else state_BGNKP
             for index, where in enumerate(spans):
                 rows, time, tiles = where
-                starts.append(state_BGNKP)
+                last = index + 1 == len(spans)
                 span = _Span(where, hidden_states, dt, A, B, C)
 
                 # Within a tile: like attention, masked and decaying, with C for queries, B for keys.
@@ -245,30 +276,30 @@ class _SSDScan(torch.autograd.Function):
 
                 # From tile to tile, through the state.
                 reads = tiles > 1 or state_BGNKP is not None
-                writes = return_final_states or index + 1 < len(spans)
+                writes = return_final_states or not last
                 if reads or writes:
-                    states_BCGNKP, state_BGNKP = span.states(state_BGNKP, span.written())
+                    end_BGNKP = None
+                    if last and return_final_states:
+                        end_BGNKP = final_BGNKP[rows]
+                    elif not last and num_starts:
+                        end_BGNKP = starts_SBGNKP[index + 1 - len(spans), rows]
+                    states_BCGNKP, state_BGNKP = span.states(state_BGNKP, span.written(), end_BGNKP)
                 target = y[rows, time].unflatten(1, (tiles, -1)).unflatten(3, (num_groups, -1)).movedim(2, 3)
                 if reads:
                     read = (span.C_BCGQN @ states_BCGNKP.flatten(-2)).view(y_BCGQKP.shape)
                     torch.addcmul(y_BCGQKP, read, span.decay_in_BCGQK1, out=target)
                 else:
                     target.copy_(y_BCGQKP)
-            ends.append(state_BGNKP)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden_states, dt, A, B, C, D, state, *starts)
-        return y, torch.cat(ends) if return_final_states else None
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dfinal):
-        hidden_states, dt, A, B, C, D, state, *starts = ctx.saved_tensors
-        with _no_autocast(dt.device):
-            return (*_backward(hidden_states, dt, A, B, C, D, state, ctx.spans, starts, dy, dfinal), None)
+    return y, final_BGNKP, starts
 
 
-def _backward(hidden_states, dt, A, B, C, D, state, spans_of_rows, starts, dy, dfinal):
-    """Gradients of the first seven, span by span, the last first."""
+def _backward(hidden_states, dt, A, B, C, D, starts, has_state, dy, dfinal):
+    """Gradients of the first five, of D and of the state if there are any, span by span, the last first."""
+    with _no_autocast(dt.device):
+        return _backward_without_autocast(hidden_states, dt, A, B, C, D, starts, has_state, dy, dfinal)
+
+
+def _backward_without_autocast(hidden_states, dt, A, B, C, D, starts, has_state, dy, dfinal):
     num_groups, dtype = B.shape[2], dt.dtype
     if dy is None:
         dy = torch.zeros((), dtype=dtype, device=dt.device).expand(hidden_states.shape)
@@ -276,13 +307,14 @@ def _backward(hidden_states, dt, A, B, C, D, state, spans_of_rows, starts, dy, d
     # Gradients of the step sizes as factors of what is written, and of the exponents dt A.
     ddt, dexponents = torch.empty_like(dt), torch.empty_like(dt)
     dD = None if D is None else torch.zeros_like(D)
-    dstate = None if state is None else torch.empty_like(state)
+    starts_SBGNKP = _each_start(starts, hidden_states, B)
+    dstate = torch.empty_like(starts_SBGNKP[0]) if has_state else None
 
-    for spans in reversed(spans_of_rows):
+    for spans in _spans(hidden_states):
         dstate_BGNKP = None if dfinal is None else dfinal[spans[0][0]]
-        for where in reversed(spans):
+        for index, where in reversed(list(enumerate(spans))):
             rows, time, tiles = where
-            start = starts.pop()
+            start = starts_SBGNKP[index - len(spans), rows] if index > 0 or has_state else None
             span = _Span(where, hidden_states, dt, A, B, C)
             x, dt_BCGKQ, C_BCGQN, B_BCGQN = span.x_BCGKQP, span.dt_BCGKQ, span.C_BCGQN, span.B_BCGQN
             dy_BCGKQP = _by_head(dy, rows, time, tiles, num_groups, dtype)
@@ -341,7 +373,9 @@ def _backward(hidden_states, dt, A, B, C, D, state, spans_of_rows, starts, dy, d
                 whole[rows, time].unflatten(1, (tiles, -1)).unflatten(3, (num_groups, -1)).copy_(part.movedim(4, 2))
         if dstate is not None:
             dstate[spans[0][0]] = dstate_BGNKP
-    return dx, ddt.addcmul_(dexponents, A), (dexponents * dt).sum((0, 1)), dB, dC, dD, dstate
+    dA = (dexponents * dt).sum((0, 1))
+    gradients = [dx, ddt.addcmul_(dexponents, A), dA, dB, dC, dD, dstate]
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 def _crossing_sums(products_BCGKQQ: torch.Tensor) -> torch.Tensor:
@@ -355,3 +389,77 @@ def _crossing_sums(products_BCGKQQ: torch.Tensor) -> torch.Tensor:
     ones = torch.ones(length, length, dtype=products_BCGKQQ.dtype, device=products_BCGKQQ.device)
     sums = (products_BCGKQQ.view(-1, length) @ ones.triu(1)).view(products_BCGKQQ.shape)
     return sums.mul_(ones.tril()).sum(-2)
+
+
+def _keep_for_backward(ctx, inputs, output):
+    *tensors, state, _, _ = inputs
+    _, _, starts = output
+    ctx.has_state = state is not None
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(starts)
+    ctx.save_for_backward(*tensors, starts)
+
+
+def _gradients_of_inputs(ctx, dy, dfinal, backward):
+    """One for each tensor that there was, and none for the two settings."""
+    saved = ctx.saved_tensors
+    gradients = iter(backward(*saved, ctx.has_state, dy, dfinal))
+    present = *(tensor is not None for tensor in saved[:6]), ctx.has_state
+    return *(next(gradients) if there else None for there in present), None, None
+
+
+class _Scan(torch.autograd.Function):
+    """`_forward`, differentiable by `_backward`."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _keep_for_backward(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dfinal, _):
+        return _gradients_of_inputs(ctx, dy, dfinal, _backward)
+
+
+# The same again as operators, for graphs. Called without one, they would take their time: PyTorch's Python around an
+# operator is 6% of a training step's scan in the demo.
+@torch.library.custom_op(
+    "transformers_ma2mba::ssd_scan",
+    mutates_args=(),
+    schema="(Tensor hidden_states, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? state, "
+    "bool return_final_states, SymInt num_starts) -> (Tensor, Tensor, Tensor)",
+)
+def _scan_operator(*inputs):
+    return _forward(*inputs)
+
+
+@_scan_operator.register_fake
+def _(hidden_states, dt, A, B, C, D, state, return_final_states, num_starts):
+    return _outputs(hidden_states, dt, B, return_final_states, num_starts)
+
+
+@torch.library.custom_op(
+    "transformers_ma2mba::ssd_scan_backward",
+    mutates_args=(),
+    schema="(Tensor hidden_states, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor starts, bool has_state, "
+    "Tensor? dy, Tensor? dfinal) -> Tensor[]",
+)
+def _backward_operator(*inputs):
+    return _backward(*inputs)
+
+
+@_backward_operator.register_fake
+def _(hidden_states, dt, A, B, C, D, starts, has_state, dy, dfinal):
+    gradients = [t.new_empty(t.shape) for t in (hidden_states, dt, A, B, C, D) if t is not None]
+    if has_state:
+        gradients.append(dt.new_empty(_state_shape(hidden_states, B)))
+    return gradients
+
+
+def _operator_backward(ctx, dy, dfinal, _):
+    return _gradients_of_inputs(ctx, dy, dfinal, _backward_operator)
+
+
+_scan_operator.register_autograd(_operator_backward, setup_context=_keep_for_backward)
