@@ -490,6 +490,8 @@ def _restore_segment(walk, segment, inputs, states, random_state, grad, grad_sta
     return grad, grad_before
 
 
+# The walk stays out of graphs, and all that it calls: what backward restores must be what ran in forward.
+@torch.compiler.disable
 def run_checkpointed(
     layers: list[nn.Module],
     hidden_states: torch.Tensor,

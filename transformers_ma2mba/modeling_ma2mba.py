@@ -234,22 +234,28 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         self._check_pixels(pixel_values, "pixel_values")
         return self._encode_in_pieces(pixel_values)
 
+    def _encode_frames_checkpointed(self, pixels: torch.Tensor, captured: CapturedTensors | None) -> torch.Tensor:
+        """`_encode_frames`, which backward runs again with the captured tensors; a compiled graph has its own."""
+        options = {}
+        if captured is not None and not torch.compiler.is_compiling():
+            options["context_fn"] = lambda: (nullcontext(), captured)
+        return checkpoint(self._encode_frames, pixels, use_reentrant=False, **options)
+
+    @torch.compiler.disable(recursive=False)  # the loop: a graph of a few frames serves any number of them
     def _encode_in_pieces(self, pixels: torch.Tensor, frames_per_piece=None) -> BaseModelOutputWithPooling:
         encode = self._encode_frames
         if self.training and torch.is_grad_enabled() and is_multi_axis_checkpointed(self):
-            encode = partial(checkpoint, encode, use_reentrant=False, **self._as_encoded_now())
+            encode = partial(self._encode_frames_checkpointed, captured=self._vision_as_it_is())
         pieces = [encode(piece) for piece in pixels.split(frames_per_piece or self.config.frames_per_vision_pass)]
         return BaseModelOutputWithPooling(pooler_output=pieces[0] if len(pieces) == 1 else torch.cat(pieces))
 
-    def _as_encoded_now(self) -> dict:
-        """Has a checkpoint encode again with the tensors that the vision modules have now. Those of sharded modules
-        come and go, and a compiled graph has its own."""
-        if torch.compiler.is_compiling() or any(map(is_sharded, self.modules())):
-            return {}
+    def _vision_as_it_is(self) -> CapturedTensors | None:
+        """The tensors that the vision modules have now; those of sharded modules come and go."""
+        if any(map(is_sharded, self.modules())):
+            return None
         modules = {"vision_tower": self.vision_tower, "multi_modal_projector": self.multi_modal_projector}
         # Transformers takes hidden states out of the tower by hooks, which come with its first call.
-        captured = CapturedTensors(modules, with_hooks=False)
-        return {"context_fn": lambda: (nullcontext(), captured)}
+        return CapturedTensors(modules, with_hooks=False)
 
     def _place_features(self, inputs_embeds_BTD, input_ids_BT, features_FND, token_id, name):
         """Puts vision tokens where the placeholders are, in order."""

@@ -85,6 +85,7 @@ class MultiAxisMamba2Model(Swappable, Mamba2Model):
 
         return around
 
+    # Out of torch.compile's graphs: a plan is made for each length, and the walk makes it.
     @torch.compiler.disable
     def _forward_in_grid(
         self, input_ids, inputs_embeds, cache_params, use_cache, attention_mask, rows_to_keep, **kwargs
