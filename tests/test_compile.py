@@ -156,7 +156,8 @@ def test_training_step(make_model, batches):
     assert (graphs.scans() == 0) == checkpointed
     assert any("linear" in target for target in graphs.targets) == (not checkpointed or batches is VIDEOS)
     if batches is VIDEOS:
-        assert any("scaled_dot_product_attention" in target for target in graphs.targets)
+        attentions = sum(count for target, count in graphs.targets.items() if "dot_product_attention" in target)
+        assert attentions == 2 * 2  # layers; pieces of two frames and of three, as which a longer video comes
         assert any("checkpoint" in target for target in graphs.targets) == checkpointed
 
 

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Output
 from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .captured_tensors import CapturedTensors
 from .checkpoint_grid import segment_bounds
@@ -34,6 +35,9 @@ from .multi_axis_checkpointing import (
 )
 from .recurrent_state import cache_layers_of
 from .sharded_modules import has_forward_hooks, is_sharded, max_over_processes, processes_in_step
+
+# Transformers does so in the first call that returns hidden states, and no graph can be made of that call then.
+_install_capturing_hooks = torch.compiler.disable(maybe_install_capturing_hooks)
 
 
 @dataclass
@@ -243,6 +247,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
 
     @torch.compiler.disable(recursive=False)  # the loop: a graph of a few frames serves any number of them
     def _encode_in_pieces(self, pixels: torch.Tensor, frames_per_piece=None) -> BaseModelOutputWithPooling:
+        _install_capturing_hooks(self.vision_tower)
         encode = self._encode_frames
         if self.training and torch.is_grad_enabled() and is_multi_axis_checkpointed(self):
             encode = partial(self._encode_frames_checkpointed, captured=self._vision_as_it_is())
