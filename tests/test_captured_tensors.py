@@ -267,6 +267,21 @@ def test_a_mask_and_inputs_that_were_edited_before_backward_are_refused():
             loss.backward()
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", ["closure", "buffer"])
+def test_constants_that_were_edited_before_backward_are_refused(order, kind):
+    for model, message in [(trunk(), "modified by an inplace"), (checkpointed(trunk(), order), "hook or closure")]:
+        scale = torch.linspace(0.5, 1.5, WIDTH, dtype=torch.float64)
+        if kind == "buffer":
+            model.layers[2].register_buffer("scale", scale)
+        model.layers[2].register_forward_hook(lambda _, args, rows, scale=scale: rows * scale)
+        loss_of(model).backward()
+        loss = loss_of(model)
+        scale.mul_(2)
+        with pytest.raises(RuntimeError, match=message):
+            loss.backward()
+
+
 def test_the_error_says_what_to_do():
     model = checkpointed(trunk())
     loss = loss_of(model)

@@ -153,6 +153,21 @@ def test_under_peft():
     assert_same(*reversed(results))
 
 
+def test_a_head_that_peft_trains_whole():
+    inputs, results = batch(), []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        config = LoraConfig(r=3, target_modules=["in_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            model = get_peft_model(causal_lm(tie_word_embeddings=False), config).double()
+        if enabled:
+            enable_multi_axis_checkpointing(model, 2, 4)
+            assert model(**inputs).logits is None
+        results.append(step(model, **inputs))
+    assert_same(*reversed(results))
+
+
 def test_in_trainer(tmp_path):
     rows = RowsDataset([batch(), batch("all")])
     weights = []

@@ -8,6 +8,7 @@ that wants a gradient must be known, whether it is a parameter of a module or ca
 
 import copy
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 
@@ -41,6 +42,7 @@ class CapturedTensors:
         self.names = {}
         self.trainable = []
         self.versions = {}
+        self.constants = []  # weak references to tensors that came in through hooks, and their versions
         for prefix, root in modules.items():
             for path, module in root.named_modules(prefix=prefix):
                 switches = ("training", *_HOOKS) if with_hooks else ("training",)
@@ -81,12 +83,14 @@ class CapturedTensors:
                     f"The adapters of {path} were merged, switched or disabled between the forward pass and backward, "
                     f"which needs them as they were: call backward before."
                 )
-        for tensor, version in self.versions.items():
-            if tensor._version != version:
+        constants = [(reference(), version) for reference, version in self.constants]
+        for tensor, version in [*self.versions.items(), *constants]:
+            if tensor is not None and tensor._version != version:
+                name = self.names.get(tensor, "A tensor that a hook or closure brings in")
                 raise RuntimeError(
-                    f"{self.names[tensor]}, {tuple(tensor.shape)}, was modified in place between the forward pass and "
-                    f"backward, which needs it as it was (version {version}, now {tensor._version}): call backward "
-                    f"before the optimizer's step, or do the forward pass again."
+                    f"{name}, {tuple(tensor.shape)}, was modified in place between the forward pass and backward, "
+                    f"which needs it as it was (version {version}, now {tensor._version}): call backward before the "
+                    f"optimizer's step, or do the forward pass again."
                 )
 
     def __enter__(self):
@@ -137,9 +141,17 @@ class CapturedTensors:
         Raises:
             RuntimeError: if it depends on a tensor that wants a gradient and was computed elsewhere.
         """
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, _never):
+        seen = {}
+
+        def note(tensor):
+            if not tensor.requires_grad and tensor not in self.names and not tensor.is_inference():
+                seen[id(tensor)] = (weakref.ref(tensor), tensor._version)
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, _never):
             start = _sequence_number()
             outputs = list(run())
+        # What backward would keep and is still there was not made by this run.
+        self.constants += [noted for noted in seen.values() if noted[0]() is not None]
         for leaf in unknown_leaves(outputs, [*self.trainable, *inputs], where, start):
             self.add(leaf, f"a tensor that {where} depend on")
         return [output if output is None else output.detach() for output in outputs]

@@ -263,8 +263,9 @@ def can_be_in_pieces(model: PreTrainedModel, kwargs: dict) -> bool:
 
 
 def _is_adapted_linear(head: nn.Module) -> bool:
-    base = getattr(head, "base_layer", None)
-    return type(head).__module__.startswith("peft.") and type(base).forward is nn.Linear.forward
+    base = getattr(head, "base_layer", None) or getattr(head, "original_module", None)
+    linear = isinstance(base, nn.Linear) and type(base).forward is nn.Linear.forward
+    return type(head).__module__.startswith("peft.") and linear
 
 
 def _has_sharded_parts(head: nn.Module) -> bool:

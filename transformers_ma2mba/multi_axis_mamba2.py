@@ -103,7 +103,7 @@ class MultiAxisMamba2Model(Swappable, Mamba2Model):
         if use_cache and cache_params is None:
             cache_params = DynamicCache(config=self.config)
         for layer in self.layers:
-            if layer.gradient_checkpointing:
+            if getattr(layer, "gradient_checkpointing", False):
                 layer.gradient_checkpointing = False  # Transformers' own, switched on by Trainer: once is enough
         _refuse_what_sees_the_whole_sequence(self.layers)
         mask = create_recurrent_attention_mask(
