@@ -19,10 +19,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from double_precision import compute_in_double
-from tiny import random_pixels, tiny_config, tiny_model
+from tiny import VOCABULARY, random_pixels, tiny_config, tiny_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+
+from transformers_ma2mba import loss_in_pieces
 
 LAYER_INTERVAL = {"layer-major": 2, "sequence-major": 1}
 FRAMES = [(5, 2), (0, 4), (3, 7)]  # of each sample, step by step
@@ -236,6 +238,8 @@ def main():
     results = {}
     with pytest.MonkeyPatch.context() as patch:
         compute_in_double(patch)
+        # The loss of three positions at a time, of four.
+        patch.setattr(loss_in_pieces, "_BYTES_OF_A_PIECE", 3 * VOCABULARY * loss_in_pieces._BYTES_OF_A_LOGIT)
         for name in arguments.runs:
             print(f"{name}, process {dist.get_rank()}", file=sys.stderr, flush=True)
             results[name] = run(*name.split(":"))
