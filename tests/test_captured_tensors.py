@@ -9,6 +9,7 @@ from double_precision import compute_in_double
 from peft import LoraConfig, inject_adapter_in_model
 from tiny import random_pixels, tiny_config, tiny_model, tiny_text_config
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Mamba2Model
 
 from transformers_ma2mba import enable_multi_axis_checkpointing
@@ -409,6 +410,32 @@ def test_a_loss_of_what_hooks_take_out_is_refused(order):
     plain = trunk()  # and if it is only taken out, it does no harm
     expected = gradients(loss_of(plain), list(plain.layers.parameters()))
     assert_same(gradients(loss_of(model), list(model.layers.parameters())), expected)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("budget", [None, "minimal"])
+def test_hooks_may_ask_for_gradients_of_what_they_see(order, budget):
+    """Which come a segment at a time, in whatever plan."""
+    model, tokens = trunk(), []
+
+    def hook(module, args, rows):
+        rows.register_hook(lambda gradient: tokens.append(gradient.shape[1]) and None)
+
+    model.layers[1].register_forward_hook(hook)
+    enable_multi_axis_checkpointing(model, "auto" if budget else 1, "auto" if budget else 4, budget, order=order)
+    loss_of(model, embeddings(600 if budget else 19)).backward()
+    assert sum(tokens) == (600 if budget else 19)
+
+
+def test_flops_may_be_counted():
+    flops = {}
+    for order in ORDERS:
+        model = checkpointed(trunk(), order)
+        with FlopCounterMode(display=False) as counter:
+            loss_of(model).backward()
+        flops[order] = counter.get_total_flops()
+    # Four units of work, and five, or nearly so: the highest cell is not computed once more for its rows.
+    assert 1 < flops["sequence-major"] / flops["layer-major"] < 5 / 4
 
 
 def test_a_skip_connection_from_one_cell_to_another_is_refused():

@@ -162,7 +162,7 @@ class _Walk:
             for kind in {self.device.type, "cpu"}
         }
         self.random = _RandomState(self.device)
-        self.first_segment = None
+        self.first_segment, self.ran = None, False
         modules = [*self.layers, *([] if self.final_norm is None else [self.final_norm])]
         self.hooked = any(has_forward_hooks(inner) for module in modules for inner in module.modules())
 
@@ -236,28 +236,39 @@ class _Walk:
         pieces = Pieces(hidden_states.detach(), self.segments, self.copies)
         states = [LayerState(*(tensor if tensor is None else tensor.detach() for tensor in state)) for state in states]
         with torch.no_grad(), self.as_in_forward():
-            rows, following = self._run_recorded(0, self.enter(pieces.take(0, 1)), states)
+            rows = self.enter(pieces.take(0, 1))
+            rows, following = self.run_segment(0, rows, states, finish=True, recorded=True)
         self.first_segment = (pieces, random_state, rows, following)
 
-    def _run_recorded(self, segment: int, rows, states: list[LayerState]):
-        """One segment, recorded by autograd, which keeps nothing: what it depends on is captured. And what hooks take
-        out of it is not mistaken for something that wants no gradient."""
+    def run_segment(self, segment: int, rows, states: list[LayerState], finish=False, recorded=False):
+        """A segment through all cells, of which nothing is kept."""
         following = []
-        for group, captured in zip(self.groups, self.captured, strict=True):
+        for position, group in enumerate(self.groups):
+            last = finish and group.stop == len(self.layers)
+            rows, after = self.pass_cell(position, segment, rows, states[group.start : group.stop], last, recorded)
+            following += after
+        return rows, following
+
+    def pass_cell(self, position: int, segment: int, rows, states: list[LayerState], finish=False, recorded=False):
+        """One cell, of which nothing is kept.
+
+        Where hooks look on, autograd records it: what they take out is not to look as if it wanted no gradient. Where
+        it is recorded, whatever else it depends on is captured.
+        """
+        group, captured = self.groups[position], self.captured[position]
+        recorded = recorded or self.hooked
+        if recorded:
             rows = rows.detach().requires_grad_(self.hooked)
 
-            def run(group=group, rows=rows):
-                rows, after = self.run_cell(group, segment, rows, states[group.start : group.stop])
-                if group.stop == len(self.layers):
-                    rows = self.finish(segment, rows)
-                return rows, *itertools.chain(*after)
+        def run():
+            after, states_after = self.run_cell(group, segment, rows, states)
+            return self.finish(segment, after) if finish else after, *itertools.chain(*states_after)
 
-            known = len(captured.trainable)
-            rows, *after = captured.find_others(run, self.name_of(group), [rows])
-            if segment > 0 and len(captured.trainable) > known:
-                raise RuntimeError(_NEW_TENSOR.format(self.name_of(group)))
-            following += [LayerState(*pair) for pair in zip(after[::2], after[1::2], strict=True)]
-        return rows, following
+        known = len(captured.trainable)
+        after, *states_after = captured.find_others(run, self.name_of(group), [rows]) if recorded else run()
+        if self.ran and len(captured.trainable) > known:
+            raise RuntimeError(_NEW_TENSOR.format(self.name_of(group)))
+        return after, _as_states(states_after)
 
     def run(self, shape, states: list[LayerState], each_segment=None):
         """The whole walk, one segment after the other, the first of which has run already.
@@ -271,16 +282,13 @@ class _Walk:
             The output, and the states after the last segment.
         """
         (pieces, random_state, rows, following), self.first_segment = self.first_segment, None
+        self.ran = True
         output = self._output(shape, rows)
         for segment, (start, stop) in enumerate(self.segments):
             if segment > 0:
                 random_state = self.random.record()
                 rows = self.enter(pieces.take(segment, segment + 1))
-                if self.hooked:
-                    rows, following = self._run_recorded(segment, rows, states)
-                else:
-                    rows, following = self.run_cell(range(len(self.layers)), segment, rows, states)
-                    rows = self.finish(segment, rows)
+                rows, following = self.run_segment(segment, rows, states, finish=True)
             if each_segment is not None:
                 each_segment(segment, states, random_state)
             states = following
@@ -405,7 +413,7 @@ def _segments_backwards(ctx, hidden_states, initial):
             walk.random.restore(ctx.random_states[segment])
             with torch.no_grad(), walk.as_in_forward():
                 rows = walk.enter(pieces.take(segment, segment + 1))
-                _, following = walk.run_cell(range(len(walk.layers)), segment, rows, states[-1])
+                _, following = walk.run_segment(segment, rows, states[-1])
             states.append([LayerState(*map(own, state)) for state in following])
         for segment in reversed(range(start, last + 1)):
             yield segment, pieces.take(segment, segment - 1), states.pop()
@@ -431,9 +439,9 @@ def _restore_segment(walk, segment, inputs, states, random_state, grad, grad_sta
     walk.random.restore(random_state)
     borders = [(inputs, random_state)]
     with torch.no_grad(), walk.as_in_forward():
-        for group in walk.groups[:-1]:
+        for position, group in enumerate(walk.groups[:-1]):
             rows = borders[-1][0] if group.start else walk.enter(inputs)
-            rows, _ = walk.run_cell(group, segment, rows, states[group.start : group.stop])
+            rows, _ = walk.pass_cell(position, segment, rows, states[group.start : group.stop])
             borders.append((rows, walk.random.record()))
 
     grad_before = [None] * (2 * len(walk.layers))
@@ -449,7 +457,8 @@ def _restore_segment(walk, segment, inputs, states, random_state, grad, grad_sta
             for state in states[group.start : group.stop]
         ]
         with torch.enable_grad(), walk.as_in_forward():
-            after, states_after = walk.run_cell(group, segment, rows, before)
+            # By a view, as PyTorch's counter of FLOPs cannot follow a leaf through a call of `grad`.
+            after, states_after = walk.run_cell(group, segment, rows.view_as(rows), before)
             if position == len(walk.groups) - 1 and grad is not None:
                 after = walk.finish(segment, after)
         share = slice(2 * group.start, 2 * group.stop)
