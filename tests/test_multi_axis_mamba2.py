@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from datasets_in_memory import RowsDataset
 from double_precision import compute_in_double
 from peft import LoraConfig, get_peft_model
@@ -217,6 +218,14 @@ class Mixing(torch.nn.Linear):
 
     def forward(self, rows):
         return super().forward(rows - rows.mean(-2, keepdim=True))
+
+
+def test_a_head_that_accelerate_moves_rows_to():
+    plain = causal_lm(tie_word_embeddings=False)
+    model = enable_multi_axis_checkpointing(copy.deepcopy(plain), 2, 4)
+    add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device="cpu"))
+    assert model(**batch()).logits is None
+    assert_same(step(model, **batch()), step(plain, **batch()))
 
 
 def test_a_head_of_another_class_gets_all_rows():

@@ -127,7 +127,7 @@ class CapturedTensors:
     def find_others(self, run: Callable, where: str, inputs: Iterable[torch.Tensor] = ()):
         """Runs a computation as it runs without gradients, and captures what its outputs depend on besides.
 
-        That are leaves which want a gradient and belong to none of the modules, such as a vector that a hook
+        These are leaves that want a gradient and belong to none of the modules, such as a vector that a hook
         multiplies by. Autograd records the computation, but keeps none of its tensors.
 
         Args:

@@ -77,13 +77,16 @@ class _LossInPieces(torch.autograd.Function):
     def forward(ctx, head: _Head, positions_per_piece: int, hidden_states_KD, targets_S, rows_S, *tensors):
         kind = hidden_states_KD.device.type
         ctx.head, ctx.positions_per_piece = head, positions_per_piece
+        # Without autocast's cache: a weight that was cast while no gradient was wanted must not come back when it is.
         ctx.autocast = dict(
-            device_type=kind, enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind)
+            device_type=kind,
+            enabled=torch.is_autocast_enabled(kind),
+            dtype=torch.get_autocast_dtype(kind),
+            cache_enabled=False,
         )
         # An adapter of the head may have dropout.
         ctx.random_state = torch.get_rng_state(), *get_device_states(hidden_states_KD, *tensors[:1])
-        # Without autocast's cache: a weight that was cast while no gradient was wanted must not come back when it is.
-        with torch.autocast(**ctx.autocast, cache_enabled=False):
+        with torch.autocast(**ctx.autocast):
             loss, log_sums_S = _forward_in_pieces(head, hidden_states_KD, targets_S, rows_S, positions_per_piece)
         ctx.save_for_backward(hidden_states_KD, targets_S, rows_S, log_sums_S)
         return loss
@@ -103,7 +106,7 @@ class _LossInPieces(torch.autograd.Function):
         kind, parameters = ctx.autocast["device_type"], head.captured.trainable
         with (
             torch.random.fork_rng(devices, device_type=kind),
-            torch.autocast(**ctx.autocast, cache_enabled=True),  # weights are cast once for all pieces
+            torch.autocast(**ctx.autocast),
             head.captured,
             without_hooks(parameters),
         ):
@@ -255,8 +258,9 @@ def can_be_in_pieces(model: PreTrainedModel, kwargs: dict) -> bool:
     weight = getattr(head, "weight", None)
     if weight is None or not any(weight is parameter for parameter in head.parameters()):
         return False
-    # Each row by itself, as no other class can promise.
-    if "forward" in vars(head) or not (type(head).forward is nn.Linear.forward or _is_adapted_linear(head)):
+    # Each row by itself, as no other class can promise. Accelerate's hooks move rows, and weights that are elsewhere.
+    wrapped = "forward" in vars(head) and not (hasattr(head, "_hf_hook") and not weight.is_meta)
+    if wrapped or not (type(head).forward is nn.Linear.forward or _is_adapted_linear(head)):
         return False
     hooked = any(getattr(module, hooks) for module in head.modules() for hooks in _HOOKS if not is_sharded(module))
     return weight.is_floating_point() and not hooked and not _has_sharded_parts(head)
