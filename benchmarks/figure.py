@@ -8,7 +8,7 @@ COLOURS = {
     "none": "#8a8a8a",
     "every-layer": "#d1603d",
     "every-sqrt": "#c9a227",
-    "every-layer-lean": "#5b8e7d",
+    "every-layer-ssd-scan": "#5b8e7d",
     "MA-GC": "#1f5fa8",
     "MA-GC-minimal": "#0b2e59",
     "MA-GC-offload": "#7a4fa3",

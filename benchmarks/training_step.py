@@ -44,14 +44,14 @@ METHODS = {
     "none": "no checkpointing",
     "every-layer": "every layer (Transformers' own)",
     "every-sqrt": "every √L layers",
-    "every-layer-lean": "every layer, with this package's scan",
+    "every-layer-ssd-scan": "every layer, with this package's scan",
     "MA-GC": "MA-GC",
     "MA-GC-minimal": 'MA-GC, memory_budget="minimal"',
     "MA-GC-offload": "MA-GC, checkpoints in host memory",
     "MA-GC-offload-2.8GB": "MA-GC, offload in 2.8 GB",
 }
 REFERENCE = "every-layer"
-GROW_WITH_LENGTH = ["none", "every-layer", "every-sqrt", "every-layer-lean"]  # all of what they keep
+GROW_WITH_LENGTH = ["none", "every-layer", "every-sqrt", "every-layer-ssd-scan"]  # all of what they keep
 # A published shape, but smaller: Mamba2Config's own default of n_groups is none of theirs.
 SMALL = dict(num_hidden_layers=16, hidden_size=256, num_heads=8, n_groups=1, vocab_size=8)
 # For a rehearsal on a CPU of what is measured on a GPU.
@@ -222,11 +222,11 @@ class TrainingStep(Step):
             layers = list(model.layers)
             groups = [LayerGroup(layers[first : first + size]) for first in range(0, len(layers), size)]
             model.layers = nn.ModuleList(groups)
-        if method == "every-layer-lean":
+        if method == "every-layer-ssd-scan":
             from transformers_ma2mba.kernel_choice import hold
 
             hold(model)
-            self.options["lean_scan"] = True
+            self.options["ssd_scan"] = True
         if method.startswith("MA-GC"):
             from transformers_ma2mba.multi_axis_checkpointing import enable_multi_axis_checkpointing
 
@@ -240,9 +240,9 @@ class TrainingStep(Step):
             return self.model(inputs_embeds=inputs_embeds, **self.options).last_hidden_state.square().mean()
         input_ids, targets = self.random_tokens(length, self.model.config.vocab_size)
         if self.keeps_rows:
-            rows_to_keep = torch.zeros(1, length, dtype=torch.bool, device=self.device)
-            rows_to_keep[:, -len(targets) :] = True
-            outputs = self.model(input_ids=input_ids, rows_to_keep=rows_to_keep, **self.options)
+            positions_to_keep = torch.zeros(1, length, dtype=torch.bool, device=self.device)
+            positions_to_keep[:, -len(targets) :] = True
+            outputs = self.model(input_ids=input_ids, positions_to_keep=positions_to_keep, **self.options)
             rows = outputs.last_hidden_state
         else:
             rows = self.model(input_ids=input_ids, **self.options).last_hidden_state[0, -len(targets) :]

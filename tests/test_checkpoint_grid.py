@@ -3,7 +3,6 @@ it should."""
 
 import copy
 import dataclasses
-import itertools
 import warnings
 from contextlib import contextmanager
 
@@ -19,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, Mamba2ForCausalLM, Mamba2Model
 
 from transformers_ma2mba import checkpoint_grid
-from transformers_ma2mba.checkpoint_grid import segment_bounds
 from transformers_ma2mba.checkpoint_plan import plan_checkpoints
 from transformers_ma2mba.multi_axis_checkpointing import enable_multi_axis_checkpointing
 from transformers_ma2mba.recurrent_state import LayerState, carried_cache, read_state, write_state
@@ -275,7 +273,7 @@ class KeptWhole:
         _, random_state, *_ = walk.first_segment
         walk.random.restore(random_state)
         with walk.as_in_forward():
-            pieces = checkpoint_grid.Pieces(hidden_states, walk.segments, walk.copies)
+            pieces = checkpoint_grid.SegmentReader(hidden_states, walk.segments, walk.copies)
             rows, following = walk.run_cell(range(len(walk.layers)), 0, pieces.take(0), states)
             walk.first_segment = (pieces, random_state, walk.finish(0, rows), following)
             output, final = walk.run(hidden_states.shape[:2], states)
@@ -397,7 +395,7 @@ def test_one_token_that_continues_a_state_is_refused():
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kept", ["some", "first", "none"])
-def test_rows_to_keep(order, kept):
+def test_positions_to_keep(order, kept):
     model = trunk()
     embeds = torch.randn(3, 19, WIDTH, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -413,22 +411,12 @@ def test_rows_to_keep(order, kept):
         if grid is model:
             rows = grid(inputs_embeds=inputs).last_hidden_state[mask]
         else:
-            rows = grid(inputs_embeds=inputs, rows_to_keep=mask).last_hidden_state
+            rows = grid(inputs_embeds=inputs, positions_to_keep=mask).last_hidden_state
         (rows * torch.arange(1, rows.numel() + 1).view_as(rows)).sum().backward()
         results.append({"rows": rows.detach(), "inputs": inputs.grad})
         results[-1] |= {name: parameter.grad for name, parameter in grid.named_parameters()}
     expected, actual = results
     assert_same(actual, expected)
-
-
-@given(length=st.integers(1, 300), interval=st.integers(1, 320))
-def test_segments_cover_the_sequence_and_none_is_a_single_token(length, interval):
-    bounds = segment_bounds(length, interval)
-    assert [bounds[0][0], bounds[-1][1]] == [0, length]
-    assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(bounds))
-    sizes = [stop - start for start, stop in bounds]
-    assert length == 1 or min(sizes) >= 2
-    assert max(sizes) <= max(interval, 2) + 1
 
 
 def saved_by(output):

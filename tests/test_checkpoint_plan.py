@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from paper_formula import paper_constants
 from tiny import tiny_text_config
 from transformers import CLIPVisionConfig
 from transformers.models.mamba2 import modeling_mamba2
@@ -19,13 +20,11 @@ from transformers_ma2mba.checkpoint_plan import (
 )
 from transformers_ma2mba.configuration_ma2mba import Ma2mbaConfig
 from transformers_ma2mba.memory_model import (
-    Mamba2Shape,
     TrainedSizes,
-    indexable_tokens,
     kept_bytes_per_token,
-    paper_constants,
 )
 from transformers_ma2mba.memory_size import format_memory_size
+from transformers_ma2mba.shape import Mamba2Shape, indexable_tokens
 
 GiB = 2**30
 

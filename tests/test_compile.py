@@ -174,7 +174,7 @@ def test_autocast():
 
 
 def test_a_copy_that_was_never_called():
-    """It is the lean scan that is compiled all the same."""
+    """It is `ssd_scan` that is compiled all the same."""
     model, graphs = copy.deepcopy(video_model()), Graphs()
     with torch.no_grad():
         torch.compile(model, backend=graphs)(input_ids=torch.arange(12).view(1, 12))

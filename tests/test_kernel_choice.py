@@ -118,28 +118,28 @@ def test_without_kernels_other_models_get_transformers_own(own, owner, monkeypat
         getattr(modeling_mamba2, name)(tensor, 1, anything=2)
     assert called == [(name, (tensor, 1), {"anything": 2}) for name in NAMES]
     called.clear()
-    assert modeling_mamba2.causal_conv1d_fn(torch.zeros(1, 1, 4), torch.ones(1, 2), lean_scan=True).shape == (1, 1, 4)
+    assert modeling_mamba2.causal_conv1d_fn(torch.zeros(1, 1, 4), torch.ones(1, 2), ssd_scan=True).shape == (1, 1, 4)
     assert not called
 
 
-def test_the_lean_scan_is_chosen_unless_the_kernel_runs(own, owner, monkeypatch):
+def test_the_ssd_scan_is_chosen_unless_the_kernel_runs(own, owner, monkeypatch):
     calls = []
 
     class OnCuda(torch.Tensor):
         is_cuda = True
 
     tensor = torch.zeros(1, device="meta").as_subclass(OnCuda)
-    monkeypatch.setattr(kernel_choice, "ssd_scan", lambda *args, **kwargs: calls.append(("lean", args[1:], kwargs)))
+    monkeypatch.setattr(kernel_choice, "ssd_scan", lambda *args, **kwargs: calls.append(("own", args[1:], kwargs)))
     for importable in (True, False):
         scan = functools.wraps(own["mamba2_chunk_scan"])(lambda *args, **kwargs: calls.append((args[1:], kwargs)))
         monkeypatch.setattr(modeling_mamba2, "mamba2_chunk_scan", scan)
         monkeypatch.setattr(kernel_choice, "_scan_kernel_is_importable", lambda importable=importable: importable)
         hold(owner)
-        modeling_mamba2.mamba2_chunk_scan(tensor, 1, lean_scan=True, chunk_size=2)
-        modeling_mamba2.mamba2_chunk_scan(tensor, 1, lean_scan=False, chunk_size=2)
+        modeling_mamba2.mamba2_chunk_scan(tensor, 1, ssd_scan=True, chunk_size=2)
+        modeling_mamba2.mamba2_chunk_scan(tensor, 1, ssd_scan=False, chunk_size=2)
         release(owner)
     stock = ((1,), {"chunk_size": 2})
-    assert calls == [stock, stock, ("lean", *stock), stock]
+    assert calls == [stock, stock, ("own", *stock), stock]
 
 
 def test_dispatchers_look_like_what_they_replace(own, owner):
@@ -251,14 +251,14 @@ def test_what_others_put_over_a_dispatcher_stays(own, owner, monkeypatch):
     monkeypatch.setattr(kernel_choice, "ssd_scan", None)
     states = torch.randn(1, 5, 2, 3)
     arguments = (states, torch.rand(1, 5, 2), -torch.ones(2), torch.randn(1, 5, 1, 4), torch.randn(1, 5, 1, 4), 8)
-    found = modeling_mamba2.mamba2_chunk_scan(*arguments, lean_scan=True)
+    found = modeling_mamba2.mamba2_chunk_scan(*arguments, ssd_scan=True)
     assert torch.equal(found, own["mamba2_chunk_scan"](*arguments))
 
     # And chooses again for the next owner.
-    monkeypatch.setattr(kernel_choice, "ssd_scan", lambda *args, **kwargs: "lean")
+    monkeypatch.setattr(kernel_choice, "ssd_scan", lambda *args, **kwargs: "ssd_scan")
     hold(owner)
     assert modeling_mamba2.mamba2_chunk_scan is over
-    assert modeling_mamba2.mamba2_chunk_scan(*arguments, lean_scan=True) == "lean"
+    assert modeling_mamba2.mamba2_chunk_scan(*arguments, ssd_scan=True) == "ssd_scan"
     monkeypatch.setattr(modeling_mamba2, "mamba2_chunk_scan", dispatcher)
     release(owner)
     assert functions() == own

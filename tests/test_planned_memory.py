@@ -94,7 +94,7 @@ def check_plan(case: Case):
         if case.whole_output:
             rows = model(**inputs).last_hidden_state[:, -8:]
         else:
-            rows = model(**inputs, rows_to_keep=wanted).last_hidden_state
+            rows = model(**inputs, positions_to_keep=wanted).last_hidden_state
         loss = rows.float().square().mean()
         del rows
         loss.backward()

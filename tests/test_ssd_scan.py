@@ -421,7 +421,7 @@ def test_without_the_keyword_nothing_changes(monkeypatch, training):
     kernel_choice.hold(model)
     monkeypatch.setattr(kernel_choice, "ssd_scan", None)
     assert_same(run_model(model, input_ids), expected, rtol=0, atol=0)
-    assert_same(run_model(model, input_ids, lean_scan=False), expected, rtol=0, atol=0)
+    assert_same(run_model(model, input_ids, ssd_scan=False), expected, rtol=0, atol=0)
 
 
 def assert_rounded(found, expected):
@@ -432,7 +432,7 @@ def assert_rounded(found, expected):
 
 @pytest.fixture
 def called(monkeypatch):
-    """The lengths that went through the lean scan."""
+    """The lengths that went through `ssd_scan`."""
     lengths = []
 
     def counted(hidden_states, *args, **kwargs):
@@ -455,7 +455,7 @@ def test_model_with_the_keyword_equals_stock(called, length, chunk_size, groups,
     attention_mask[0, : min(padding, length - 1)] = 0
     expected = run_model(model, input_ids, attention_mask=attention_mask)
     assert not called
-    found = run_model(model, input_ids, attention_mask=attention_mask, lean_scan=True)
+    found = run_model(model, input_ids, attention_mask=attention_mask, ssd_scan=True)
     assert called == [length] * model.config.num_hidden_layers
     assert_rounded(found, expected)
 
@@ -470,7 +470,7 @@ def test_model_continues_from_a_cache_as_stock_does(called, length, groups):
         cache = model(input_ids[:, :13], use_cache=True).cache_params
     expected = run_model(model, input_ids[:, 13:], cache, use_cache=True)
     assert not called
-    found = run_model(model, input_ids[:, 13:], cache, use_cache=True, lean_scan=True)
+    found = run_model(model, input_ids[:, 13:], cache, use_cache=True, ssd_scan=True)
     assert called == [length] * model.config.num_hidden_layers
     assert_rounded(found, expected)
 

@@ -35,8 +35,9 @@ from transformers import Cache
 from .captured_tensors import CapturedTensors, unknown_leaves, without_hooks
 from .checkpoint_plan import CheckpointPlan
 from .gradient_sums import GradientSums
-from .host_copies import HostCopies, Pieces
-from .recurrent_state import LayerState, cache_for, cache_layers_of, own, read_state, write_state
+from .offload import Offloader, SegmentReader
+from .recurrent_state import LayerState, cache_for, cache_layers_of, read_state, with_own_storage, write_state
+from .shape import segment_bounds
 from .sharded_modules import call_through_hooks, has_forward_hooks, plain_forward
 
 _NEW_TENSOR = (
@@ -45,22 +46,13 @@ _NEW_TENSOR = (
 )
 
 
-def segment_bounds(sequence_length: int, sequence_interval: int) -> list[tuple[int, int]]:
-    """Cuts a sequence into segments. None is a single token, which the stock layer would take for a step of decoding:
-    it goes with its neighbour."""
-    starts = list(range(0, sequence_length, max(sequence_interval, 2)))
-    if len(starts) > 1 and sequence_length - starts[-1] == 1:
-        del starts[-1]
-    return list(itertools.pairwise([*starts, sequence_length]))
-
-
 class _StateBorders:
     """The states that enter every `interval`-th segment, waiting for backward.
 
     They share two tensors, so that allocators are not left with what lives long between what lives short.
     """
 
-    def __init__(self, copies: HostCopies, num_segments: int, interval: int):
+    def __init__(self, copies: Offloader, num_segments: int, interval: int):
         self.copies = copies
         self.interval = interval
         self.num_borders = (num_segments - 1) // interval  # the first segment's states are no border
@@ -125,12 +117,12 @@ class _Walk:
     groups: list[range]  # cells, from the lowest, as indices into `layers`
     segments: list[tuple[int, int]]
     state_interval: int  # segments from one that has its states kept to the next
-    copies: HostCopies
+    copies: Offloader
     output_waits: bool = False  # for another walk, and so where checkpoints wait
     embedding: nn.Module | None = None
     final_norm: nn.Module | None = None
     attention_mask: torch.Tensor | None = None
-    rows_to_keep: torch.Tensor | None = None
+    positions_to_keep: torch.Tensor | None = None
     final_state: bool = False
     layer_kwargs: dict = field(default_factory=dict)
 
@@ -147,10 +139,10 @@ class _Walk:
                 for start, stop in self.segments
             ]
         self.kept_rows = None
-        if self.rows_to_keep is not None:
+        if self.positions_to_keep is not None:
             # Where each row goes in the output, and where in its segment it comes from. Found on the CPU: a device
             # would have to be waited for at every segment.
-            samples, tokens = self.rows_to_keep.cpu().nonzero(as_tuple=True)
+            samples, tokens = self.positions_to_keep.cpu().nonzero(as_tuple=True)
             self.num_rows = len(samples)
             self.kept_rows = []
             for start, stop in self.segments:
@@ -233,7 +225,7 @@ class _Walk:
         """Runs the first segment before all others, and captures on the way whatever it depends on. `run` goes on from
         there."""
         random_state = self.random.record()
-        pieces = Pieces(hidden_states.detach(), self.segments, self.copies)
+        pieces = SegmentReader(hidden_states.detach(), self.segments, self.copies)
         states = [LayerState(*(tensor if tensor is None else tensor.detach() for tensor in state)) for state in states]
         with torch.no_grad(), self.as_in_forward():
             rows = self.enter(pieces.take(0, 1))
@@ -338,7 +330,7 @@ class _MultiAxisCheckpoint(torch.autograd.Function):
         ctx.save_for_backward(*tensors, hidden_states, *borders.tensors, *mask)
         borders.tensors = []
         ctx.set_materialize_grads(False)
-        return output, *(own(tensor) for state in final for tensor in state if walk.final_state)
+        return output, *(with_own_storage(tensor) for state in final for tensor in state if walk.final_state)
 
     @staticmethod
     def backward(ctx, grad_output, *grad_final):
@@ -363,7 +355,7 @@ class _MultiAxisCheckpoint(torch.autograd.Function):
             grad_rows = make(hidden_states.shape, dtype=hidden_states.dtype)
         pieces = None
         if grad_output is not None and walk.kept_rows is None:
-            pieces = Pieces(grad_output, walk.segments, copies)
+            pieces = SegmentReader(grad_output, walk.segments, copies)
         sums, nothing_restored = GradientSums(walk.trainable), True
         grad_states = list(grad_final) or [None] * (2 * len(walk.layers))
 
@@ -401,7 +393,7 @@ def _segments_backwards(ctx, hidden_states, initial):
     def fetch_states(segment):
         return borders.fetch(segment) if segment > 0 else lambda: first
 
-    pieces = Pieces(hidden_states, walk.segments, walk.copies)
+    pieces = SegmentReader(hidden_states, walk.segments, walk.copies)
     starts = range(0, len(walk.segments), borders.interval)
     upcoming = fetch_states(starts[-1])
     for start in reversed(starts):
@@ -414,7 +406,7 @@ def _segments_backwards(ctx, hidden_states, initial):
             with torch.no_grad(), walk.as_in_forward():
                 rows = walk.enter(pieces.take(segment, segment + 1))
                 _, following = walk.run_segment(segment, rows, states[-1])
-            states.append([LayerState(*map(own, state)) for state in following])
+            states.append([LayerState(*map(with_own_storage, state)) for state in following])
         for segment in reversed(range(start, last + 1)):
             yield segment, pieces.take(segment, segment - 1), states.pop()
     borders.tensors = []
@@ -487,7 +479,8 @@ def _restore_segment(walk, segment, inputs, states, random_state, grad, grad_sta
         grad = next(gradients) if rows.requires_grad else None
         if tensors_before:
             grad_before[share] = [
-                own(g) if g is not None else None for g in itertools.islice(gradients, len(tensors_before))
+                with_own_storage(g) if g is not None else None
+                for g in itertools.islice(gradients, len(tensors_before))
             ]
         for parameter in parameters:
             sums.add(parameter, next(gradients))
@@ -511,7 +504,7 @@ def run_checkpointed(
     attention_mask: torch.Tensor | None = None,
     cache_params: Cache | None = None,
     final_norm: nn.Module | None = None,
-    rows_to_keep: torch.Tensor | None = None,
+    positions_to_keep: torch.Tensor | None = None,
     **layer_kwargs,
 ) -> torch.Tensor:
     """Runs a stack of layers over a sequence, keeping for backward only what the plan says.
@@ -528,10 +521,10 @@ def run_checkpointed(
         cache_params: the state that the sequence continues, differentiable if it requires gradients, and that the
             final state replaces; None for neither.
         final_norm: applied to each row that leaves the stack.
-        rows_to_keep: `(batch_size, sequence_length)`, True for rows that are wanted; None for all.
+        positions_to_keep: `(batch_size, sequence_length)`, True for rows that are wanted; None for all.
 
     Returns:
-        `(batch_size, sequence_length, hidden_size)`, or `(num_rows, hidden_size)` with `rows_to_keep`.
+        `(batch_size, sequence_length, hidden_size)`, or `(num_rows, hidden_size)` with `positions_to_keep`.
 
     Raises:
         ValueError: if a single token is to continue a state, or the cache has no place for a layer's own.
@@ -564,7 +557,7 @@ def run_checkpointed(
         forwards = [*forwards, plain_forward(final_norm)]
     # With offload, rows may wait in host memory from the start. A replica of DataParallel shows no parameters.
     device = next(layers[0].parameters(), hidden_states).device if plan.offload else hidden_states.device
-    copies = HostCopies(device, plan.offload)
+    copies = Offloader(device, plan.offload)
     if embedding is None:
         hidden_states = copies.to_host(hidden_states)
     for group in walks:
@@ -586,7 +579,7 @@ def run_checkpointed(
                 embedding=embedding if group.start == 0 else None,
                 final_norm=final_norm if last else None,
                 attention_mask=attention_mask,
-                rows_to_keep=rows_to_keep if last else None,
+                positions_to_keep=positions_to_keep if last else None,
                 final_state=cache_params is not None,
                 layer_kwargs=layer_kwargs,
             )

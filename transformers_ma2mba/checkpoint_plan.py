@@ -21,16 +21,15 @@ import numpy as np
 import torch
 
 from .memory_model import (
-    Mamba2Shape,
     MemorySizes,
     TrainedSizes,
     device_and_host,
     extra_passes,
     memory_parts,
-    segments_of,
     state_interval_of,
 )
 from .memory_size import format_memory_size, parse_memory_size
+from .shape import Mamba2Shape, segments_of
 
 ORDERS = ("layer-major", "sequence-major")
 _MIN_SEGMENT = 256  # tokens; with smaller cells a step's time goes into starting kernels

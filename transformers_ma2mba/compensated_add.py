@@ -8,10 +8,10 @@ _BLOCK = 2048  # numbers of one program
 
 
 @triton.jit
-def _add(total_pointer, rest_pointer, share_pointer, num_numbers, BLOCK: tl.constexpr):
+def _add(total_pointer, rest_pointer, share_pointer, num_elements, BLOCK: tl.constexpr):
     # Parameters of more than 2^31 numbers are rare, but not unheard of.
     where = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = where < num_numbers
+    inside = where < num_elements
     total = tl.load(total_pointer + where, inside)
     exact = total.to(tl.float32) + tl.load(rest_pointer + where, inside).to(tl.float32)
     exact += tl.load(share_pointer + where, inside).to(tl.float32)
@@ -23,5 +23,5 @@ def _add(total_pointer, rest_pointer, share_pointer, num_numbers, BLOCK: tl.cons
 def compensated_add(total: torch.Tensor, rest: torch.Tensor, share: torch.Tensor):
     """Adds `share` to the sum that is `total` plus `rest`, in place; all of one shape and type, the first two
     contiguous."""
-    num_numbers = total.numel()
-    _add[(triton.cdiv(num_numbers, _BLOCK),)](total, rest, share.contiguous(), num_numbers, BLOCK=_BLOCK)
+    num_elements = total.numel()
+    _add[(triton.cdiv(num_elements, _BLOCK),)](total, rest, share.contiguous(), num_elements, BLOCK=_BLOCK)

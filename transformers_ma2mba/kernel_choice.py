@@ -3,7 +3,7 @@
 Transformers looks up the functions for a layer's convolution and scan in its module at each call. While some model
 holds them, dispatchers stand in their place:
 
-- `lean_scan=True`, a keyword that `Mamba2Model` hands down to the scan, chooses [`ssd_scan`], unless mamba-ssm's
+- `ssd_scan=True`, a keyword that `Mamba2Model` hands down to the scan, chooses [`ssd_scan`], unless mamba-ssm's
   kernel runs, which is faster still.
 - Where mamba-ssm or causal-conv1d is installed, Transformers calls it on a CPU too, which it does not know. What is on
   a CPU is computed in plain PyTorch.
@@ -123,15 +123,15 @@ def _dispatcher(name: str, chosen: Callable) -> Callable:
         if not _held:
             return chosen(*args, **kwargs)
         tensor = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)][0]
-        lean_scan = kwargs.get("lean_scan", False)
+        own_scan = kwargs.get("ssd_scan", False)
         if is_scan:
-            kwargs.pop("lean_scan", None)
-            if lean_scan and not (tensor.is_cuda and scan_kernel_runs):
+            kwargs.pop("ssd_scan", None)
+            if own_scan and not (tensor.is_cuda and scan_kernel_runs):
                 return ssd_scan(*args, **kwargs)
         # The plain forms cannot keep packed sequences apart; Transformers' choice says so.
         packed = kwargs.get("seq_idx") is not None or kwargs.get("cu_seqlens") is not None
-        # Without kernels, it would tell an owner, who calls with `lean_scan`, to install what no CPU can run.
-        if plain is not None and tensor.device.type == "cpu" and (kernel_installed or lean_scan) and not packed:
+        # Without kernels, it would tell an owner, who calls with `ssd_scan`, to install what no CPU can run.
+        if plain is not None and tensor.device.type == "cpu" and (kernel_installed or own_scan) and not packed:
             return plain(*args, **kwargs)
         return chosen(*args, **kwargs)
 

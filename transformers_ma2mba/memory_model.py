@@ -1,6 +1,4 @@
-"""The memory of MA-GC (paper §3.2 and §3.3): what a layer keeps, and what a plan has on the device and on the host.
-
-Two models. The paper's is its formula and its Table 7; that of this engine counts, in bytes, what the engine keeps.
+"""The memory of MA-GC (paper §3.2 and §3.3), in bytes: of a layer, and of a plan on the device and on the host.
 
 Symbols: S sequence length, B batch size, L layers, D width, E inner width, H heads, P head dimension, N state size;
 l layers and s tokens of a cell; G groups of layers, n segments; e bytes of an element, r bytes of an element of a row.
@@ -14,65 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from .shape import Mamba2Shape, indexable_tokens, segments_of
 from .ssd_scan import NUMBERS_PER_SPAN, TILE, TILES_PER_SPAN
 
 _ITEMSIZES = ("in_proj_itemsize", "out_proj_itemsize")
-_INDEXABLE = 2**31  # numbers of a tensor that kernels with 32-bit offsets can tell apart
-
-
-class PaperConstants(NamedTuple):
-    """Elements per checkpoint (paper, Table 7)."""
-
-    C_L: int  # hidden states of one token
-    C_S: int  # states of one layer at one border
-    C_grid: int  # one token in one layer of a cell that is being restored
-    C_state: int  # the running state of one layer
-
-
-def paper_constants(config) -> PaperConstants:
-    """The constants of the paper's formula, from a configuration's dimensions (paper §3.3 and Table 7).
-
-    C_L = D; C_S = H·P·N + (conv_kernel − 1)·conv_dim; C_grid = the width of `in_proj` + E; C_state = H·P·N + conv_dim.
-    """
-    shape = Mamba2Shape.of(config)
-    return PaperConstants(
-        C_L=shape.width,
-        C_S=shape.recurrent + shape.conv_dim * (shape.conv_kernel - 1),
-        C_grid=shape.projected + shape.inner,
-        C_state=shape.recurrent + shape.conv_dim,
-    )
-
-
-def paper_memory(config, sequence_length: int, layer_interval: int, sequence_interval: int) -> float:
-    """Elements that the paper's formula expects of layer-major MA-GC at batch size 1 (paper §3.3).
-
-    LS/l·C_L + LS/s·C_S + l·s·C_grid + C_state. The last term is printed as s·C_state. Read so, the formula's smallest
-    value for the 2.7B at 2^19 tokens is 24.0 GiB in bfloat16; the 17.4 GiB that go with the paper's other figures need
-    the running state counted once. (Once for each of a cell's layers would make it 17.5 GiB.)
-    """
-    C_L, C_S, C_grid, C_state = paper_constants(config)
-    points = Mamba2Shape.of(config).num_hidden_layers * sequence_length
-    return (
-        points / layer_interval * C_L
-        + points / sequence_interval * C_S
-        + layer_interval * sequence_interval * C_grid
-        + C_state
-    )
-
-
-def indexable_tokens(config, batch_size: int) -> int:
-    """How long a piece of a sequence may be for kernels with 32-bit offsets: rows times row stride stay below 2^31.
-
-    mamba-ssm's are such kernels: given more, they fail or return wrong numbers. Its largest tensors are `in_proj`'s
-    output and those of each chunk, states and products of B and C. At batch size 1 that is about 203,000 tokens for
-    the 2.7B.
-    """
-    shape = Mamba2Shape.of(config)
-    per_chunk = max(shape.recurrent, shape.n_groups * shape.chunk_size**2)
-    row = max(shape.projected, math.ceil(per_chunk / shape.chunk_size))
-    # What a piece may have beyond a whole number of chunks: the convolution's tail, and a last lone token.
-    tokens = (_INDEXABLE - 1) // (batch_size * row) - shape.chunk_size - shape.conv_kernel
-    return max(tokens - tokens % shape.chunk_size, 2)
 
 
 class TrainedSizes(NamedTuple):
@@ -134,7 +77,7 @@ def kept_bytes_per_token(
     trained: TrainedSizes | None = None,
     device: torch.device | str = "cuda",
 ) -> int:
-    """Bytes that autograd keeps of one token in one stock `Mamba2Block`, run by plain PyTorch with the lean scan.
+    """Bytes that autograd keeps of one token in one stock `Mamba2Block`, run by plain PyTorch with `ssd_scan`.
 
     Read off transformers' `modeling_mamba2.py`, in the order of its operations, and held to it by a test:
 
@@ -163,7 +106,7 @@ def kept_bytes_per_token(
     return norm + convolution + scan + _gated_norm_bytes_per_token(shape, dtype, trained)
 
 
-def _gated_norm_bytes_per_token(shape: "Mamba2Shape", dtype: torch.dtype, trained: TrainedSizes) -> int:
+def _gated_norm_bytes_per_token(shape: Mamba2Shape, dtype: torch.dtype, trained: TrainedSizes) -> int:
     """What the scan's gradient need not wait for: the gated norm's part of the above, and the gate's."""
     wide = torch.promote_types(dtype, torch.float32).itemsize
     gate = dtype.itemsize * shape.projected if dtype == torch.float32 else 4 * shape.inner
@@ -179,7 +122,7 @@ def _kind(device: torch.device | str) -> str:
     return "cpu" if torch.device(device).type == "cpu" else "other"
 
 
-def _working_bytes_per_token(shape: "Mamba2Shape", dtype: torch.dtype, trained: TrainedSizes) -> tuple[int, int]:
+def _working_bytes_per_token(shape: Mamba2Shape, dtype: torch.dtype, trained: TrainedSizes) -> tuple[int, int]:
     """Bytes of one token beyond those that one layer keeps, at two moments of its backward; less than none, if by then
     more has been given up.
 
@@ -193,7 +136,7 @@ def _working_bytes_per_token(shape: "Mamba2Shape", dtype: torch.dtype, trained: 
     return norm, gradients - _gated_norm_bytes_per_token(shape, dtype, trained)
 
 
-def _fused_working_bytes_per_token(shape: "Mamba2Shape", itemsize: int) -> int:
+def _fused_working_bytes_per_token(shape: Mamba2Shape, itemsize: int) -> int:
     """The same with the fused kernels: gradients of `in_proj`'s output and the convolution's, the convolution computed
     again, three rows as wide as x, and in float32 each chunk's states, their gradients and the products of B and C."""
     rows = itemsize * (shape.projected + 2 * shape.conv_dim + 3 * shape.inner)
@@ -202,7 +145,7 @@ def _fused_working_bytes_per_token(shape: "Mamba2Shape", itemsize: int) -> int:
 
 
 def _scan_working_bytes(sizes: "MemorySizes", batch_size: int, tokens):
-    """What the lean scan's backward works with, for a piece of so many tokens of each sample.
+    """What `ssd_scan`'s backward works with, for a piece of so many tokens of each sample.
 
     It goes span by span, from the last. Of each token it takes three rows as wide as x, and B, C and their gradients;
     then, within a tile, three matrices of tokens times tile for each head; then, from tile to tile, four rows more and
@@ -220,59 +163,6 @@ def _scan_working_bytes(sizes: "MemorySizes", batch_size: int, tokens):
     within = 3 * tile * shape.num_heads
     across = 4 * shape.inner + 3 * shape.recurrent // tile
     return sizes.scan_itemsize * rows * (span * inputs + np.maximum(span * within + behind * across, span * across))
-
-
-class Mamba2Shape(NamedTuple):
-    """The dimensions of a Mamba-2 that its memory depends on."""
-
-    num_hidden_layers: int
-    width: int
-    inner: int
-    num_heads: int
-    head_dim: int
-    state_size: int
-    n_groups: int
-    conv_kernel: int
-    chunk_size: int
-    use_bias: bool
-    use_conv_bias: bool
-    residual_in_fp32: bool
-    vocab_size: int
-
-    @classmethod
-    def of(cls, config) -> "Mamba2Shape":
-        config = getattr(config, "text_config", None) or config
-        names = [name for name in cls._fields if name not in ("width", "inner")]
-        missing = [name for name in (*names, "hidden_size", "expand") if not hasattr(config, name)]
-        if missing:
-            raise ValueError(
-                f"{type(config).__name__} is not the configuration of a Mamba-2 model: it has no {missing[0]}."
-            )
-        values = {name: getattr(config, name) for name in names}
-        return cls(width=config.hidden_size, inner=int(config.expand * config.hidden_size), **values)
-
-    @property
-    def conv_dim(self) -> int:
-        """Channels of the convolution: x, B and C."""
-        return self.inner + 2 * self.n_groups * self.state_size
-
-    @property
-    def projected(self) -> int:
-        """Output width of `in_proj`: gate, convolution, time step."""
-        return self.inner + self.conv_dim + self.num_heads
-
-    @property
-    def recurrent(self) -> int:
-        """Elements of one layer's recurrent state."""
-        return self.num_heads * self.head_dim * self.state_size
-
-    @property
-    def layer_parameters(self) -> int:
-        """Parameters of one block."""
-        in_proj = self.projected * (self.width + self.use_bias)
-        conv = self.conv_dim * (self.conv_kernel + self.use_conv_bias)
-        out_proj = self.width * (self.inner + self.use_bias)
-        return self.width + in_proj + conv + 3 * self.num_heads + self.inner + out_proj
 
 
 class MemorySizes(NamedTuple):
@@ -365,14 +255,6 @@ def floating_dtype(name: str, dtype: torch.dtype | str) -> torch.dtype:
 
 
 # What follows computes with whole arrays of candidate intervals as well as with single ones.
-
-
-def segments_of(sequence_length, sequence_interval):
-    """How many segments there are, and the tokens of the longest."""
-    segments = -(-sequence_length // sequence_interval)
-    # A single token would take the decoding path, which cannot be differentiated: it joins the segment before.
-    lone = (sequence_length % sequence_interval == 1) & (segments > 1)
-    return segments - lone, np.minimum(sequence_interval, sequence_length) + lone
 
 
 def extra_passes(order, rerun, layer_interval, num_hidden_layers):

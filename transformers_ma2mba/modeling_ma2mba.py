@@ -22,11 +22,9 @@ from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .captured_tensors import CapturedTensors
-from .checkpoint_grid import segment_bounds
 from .configuration_ma2mba import Ma2mbaConfig
 from .kernel_choice import hold
 from .loss_in_pieces import can_be_in_pieces, causal_lm_loss
-from .memory_model import indexable_tokens
 from .multi_axis_checkpointing import (
     checkpointing_options,
     disable_multi_axis_checkpointing,
@@ -34,6 +32,7 @@ from .multi_axis_checkpointing import (
     is_multi_axis_checkpointed,
 )
 from .recurrent_state import cache_layers_of
+from .shape import indexable_tokens, segment_bounds
 from .sharded_modules import has_forward_hooks, is_sharded, max_over_processes, processes_in_step
 
 # Transformers does so in the first call that returns hidden states, and no graph can be made of that call then.
@@ -342,13 +341,13 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        rows_to_keep: torch.Tensor | None = None,
+        positions_to_keep: torch.Tensor | None = None,
         **kwargs,
     ) -> Ma2mbaModelOutput:
         """Arguments as in [`Ma2mbaForVideoQA`], and
 
         Args:
-            rows_to_keep: `(batch_size, sequence_length)`, True for the positions that are wanted: then
+            positions_to_keep: `(batch_size, sequence_length)`, True for the positions that are wanted: then
                 `last_hidden_state` is `(num_rows, hidden_size)`, sample by sample.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -371,7 +370,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         if num_idle_pieces:
             inputs_embeds = self._with_idle_pieces(inputs_embeds, num_idle_pieces)
 
-        options = dict(use_cache=use_cache, attention_mask=attention_mask, lean_scan=True)
+        options = dict(use_cache=use_cache, attention_mask=attention_mask, ssd_scan=True)
         # A grid leaves out what nobody wants; the stock forward pass does not know of this, nor do hooks.
         leaves_out = is_multi_axis_checkpointed(self.language_model) and not has_forward_hooks(self.language_model)
         in_one_piece = inputs_embeds.shape[1] <= self._tokens_per_pass(len(inputs_embeds))
@@ -381,14 +380,14 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
                 cache_params=cache_params,
                 output_hidden_states=output_hidden_states,
                 return_dict=True,
-                **({"rows_to_keep": rows_to_keep} if leaves_out else {}),
+                **({"positions_to_keep": positions_to_keep} if leaves_out else {}),
                 **options,
             )
         else:
             outputs = self._language_model_in_pieces(inputs_embeds, cache_params, **options)
         last_hidden_state = outputs.last_hidden_state
-        if rows_to_keep is not None and last_hidden_state.ndim == 3:
-            last_hidden_state = last_hidden_state[rows_to_keep]
+        if positions_to_keep is not None and last_hidden_state.ndim == 3:
+            last_hidden_state = last_hidden_state[positions_to_keep]
         return Ma2mbaModelOutput(
             last_hidden_state=last_hidden_state,
             cache_params=outputs.cache_params,
@@ -468,7 +467,7 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
             use_cache=use_cache if labels is None or use_cache is not None else False,
             output_hidden_states=output_hidden_states,
             mm_encoder_outputs=mm_encoder_outputs,
-            rows_to_keep=supervised_BT,
+            positions_to_keep=supervised_BT,
         )
         loss = None
         if labels is None:

@@ -30,11 +30,11 @@ class MultiAxisMamba2Model(Swappable, Mamba2Model):
         output_hidden_states=None,
         return_dict=None,
         attention_mask=None,
-        rows_to_keep=None,
+        positions_to_keep=None,
         **kwargs,
     ):
-        """`Mamba2Model.forward`, and `rows_to_keep`, `(batch_size, sequence_length)`, which names rows that alone are
-        wanted: then `last_hidden_state` is `(num_rows, hidden_size)`."""
+        """`Mamba2Model.forward` with one argument more: `positions_to_keep`, `(batch_size, sequence_length)`, is True
+        for the positions that are wanted. With it, `last_hidden_state` is `(num_positions, hidden_size)`."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         settings = vars(self).get("_multi_axis_checkpointing")
@@ -48,7 +48,7 @@ class MultiAxisMamba2Model(Swappable, Mamba2Model):
                 settings.agree(groups, self.norm_f.weight.device, None, None)
         if in_grid:
             outputs = self._forward_in_grid(
-                input_ids, inputs_embeds, cache_params, use_cache, attention_mask, rows_to_keep, **kwargs
+                input_ids, inputs_embeds, cache_params, use_cache, attention_mask, positions_to_keep, **kwargs
             )
         else:
             # By name, not by `super()`: others may have bound this method, and call it when the class is gone again.
@@ -63,8 +63,8 @@ class MultiAxisMamba2Model(Swappable, Mamba2Model):
                 attention_mask=attention_mask,
                 **kwargs,
             )
-            if rows_to_keep is not None:
-                outputs["last_hidden_state"] = outputs.last_hidden_state[rows_to_keep]
+            if positions_to_keep is not None:
+                outputs["last_hidden_state"] = outputs.last_hidden_state[positions_to_keep]
         return outputs if return_dict or (return_dict is None and self.config.return_dict) else outputs.to_tuple()
 
     @classmethod
@@ -88,7 +88,7 @@ class MultiAxisMamba2Model(Swappable, Mamba2Model):
     # Out of torch.compile's graphs: a plan is made for each length, and the walk makes it.
     @torch.compiler.disable
     def _forward_in_grid(
-        self, input_ids, inputs_embeds, cache_params, use_cache, attention_mask, rows_to_keep, **kwargs
+        self, input_ids, inputs_embeds, cache_params, use_cache, attention_mask, positions_to_keep, **kwargs
     ) -> Mamba2Output:
         hold(self)
         if kwargs.get("seq_idx") is not None or kwargs.get("cu_seqlens") is not None:
@@ -115,14 +115,14 @@ class MultiAxisMamba2Model(Swappable, Mamba2Model):
         hidden_states = run_checkpointed(
             list(self.layers),
             inputs,
-            self._multi_axis_checkpointing.plan(self, inputs, fused, whole_output=rows_to_keep is None),
+            self._multi_axis_checkpointing.plan(self, inputs, fused, whole_output=positions_to_keep is None),
             forwards=forwards,
             embedding=embedding,
             attention_mask=mask,
             cache_params=cache_params,
             final_norm=self.norm_f,
-            rows_to_keep=rows_to_keep,
-            **{"lean_scan": True, **kwargs},
+            positions_to_keep=positions_to_keep,
+            **{"ssd_scan": True, **kwargs},
         )
         return Mamba2Output(last_hidden_state=hidden_states, cache_params=cache_params if use_cache else None)
 
@@ -164,11 +164,11 @@ class MultiAxisMamba2ForCausalLM(Swappable, Mamba2ForCausalLM):
         if targets is None:
             targets = F.pad(labels[:, 1:], (0, 1), value=ignored)
         if not has_forward_hooks(self.backbone):  # which are to see all rows
-            inputs["rows_to_keep"] = targets != ignored
+            inputs["positions_to_keep"] = targets != ignored
         outputs = self.backbone(**inputs, return_dict=True)
         rows = outputs.last_hidden_state
-        if "rows_to_keep" in inputs:
-            targets = targets[inputs["rows_to_keep"]]
+        if "positions_to_keep" in inputs:
+            targets = targets[inputs["positions_to_keep"]]
         loss = causal_lm_loss(self.lm_head, rows, None, shift_labels=targets.to(rows.device), **kwargs)
         outputs = Mamba2CausalLMOutput(
             loss=loss, cache_params=outputs.cache_params, hidden_states=outputs.hidden_states

@@ -114,7 +114,7 @@ def write_state(layer: LinearAttentionLayer, state: LayerState):
         layer.dtype, layer.device = state.conv.dtype, state.conv.device
 
 
-def own(tensor: torch.Tensor) -> torch.Tensor:
+def with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy if it is a view: keeping a slice keeps all that it was cut from."""
     if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
         return tensor

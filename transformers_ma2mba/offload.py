@@ -17,7 +17,7 @@ def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream
     return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
-class HostCopies:
+class Offloader:
     """Moves tensors between a device and pinned host memory, each way on a stream of its own.
 
     Without `offload`, and for a CPU, whose tensors are in host memory anyway, everything stays where it is.
@@ -86,7 +86,7 @@ class HostCopies:
 
 class _ToHost(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, copies: HostCopies, tensor):
+    def forward(ctx, copies: Offloader, tensor):
         ctx.device = tensor.device
         moved = copies.empty(tensor.shape, tensor.dtype)
         copies.store(moved, tensor)
@@ -98,10 +98,10 @@ class _ToHost(torch.autograd.Function):
         return None, gradient.to(ctx.device)
 
 
-class Pieces:
+class SegmentReader:
     """A long tensor `(batch_size, tokens, ...)` a segment at a time; one in host memory is fetched a segment ahead."""
 
-    def __init__(self, tensor: torch.Tensor, segments: list[tuple[int, int]], copies: HostCopies):
+    def __init__(self, tensor: torch.Tensor, segments: list[tuple[int, int]], copies: Offloader):
         self.tensor, self.segments, self.copies = tensor, segments, copies
         self.ahead = {}
 

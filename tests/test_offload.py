@@ -10,7 +10,7 @@ from tiny import tiny_text_config
 from transformers import Mamba2Model
 
 from transformers_ma2mba import checkpoint_grid, enable_multi_axis_checkpointing
-from transformers_ma2mba.host_copies import HostCopies, Pieces
+from transformers_ma2mba.offload import Offloader, SegmentReader
 
 
 class LazyStream:
@@ -47,7 +47,7 @@ class MainStream(LazyStream):
         event.synchronize()
 
 
-class LazyHostCopies(HostCopies):
+class LazyOffloader(Offloader):
     """As if for a GPU, but all memory is the CPU's. What nobody has written yet is NaN."""
 
     def __init__(self, device, offload):
@@ -81,12 +81,12 @@ def lazily(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "copy_", copy_)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
-    monkeypatch.setattr(checkpoint_grid, "HostCopies", LazyHostCopies)
+    monkeypatch.setattr(checkpoint_grid, "Offloader", LazyOffloader)
     return copies
 
 
 def test_a_store_and_a_fetch_wait_for_nothing_until_they_are_needed(lazily):
-    copies = LazyHostCopies(torch.device("cpu"), True)
+    copies = LazyOffloader(torch.device("cpu"), True)
     kept, rows = copies.empty((2, 3), torch.float64), torch.ones(2, 3, dtype=torch.float64)
     copies.store(kept, rows)
     assert kept.isnan().all()
@@ -98,7 +98,7 @@ def test_a_store_and_a_fetch_wait_for_nothing_until_they_are_needed(lazily):
 
 
 def test_stores_may_fall_behind_by_two_segments(lazily):
-    copies = LazyHostCopies(torch.device("cpu"), True)
+    copies = LazyOffloader(torch.device("cpu"), True)
     kept = [copies.empty((1, 1), torch.float64) for _ in range(5)]
     for memory in kept:
         copies.store(memory, torch.zeros(1, 1, dtype=torch.float64))
@@ -107,8 +107,8 @@ def test_stores_may_fall_behind_by_two_segments(lazily):
 
 
 def test_a_segment_is_fetched_while_the_one_before_is_computed(lazily):
-    copies = LazyHostCopies(torch.device("cpu"), True)
-    pieces = Pieces(torch.arange(6.0).view(1, 6), [(0, 2), (2, 4), (4, 6)], copies)
+    copies = LazyOffloader(torch.device("cpu"), True)
+    pieces = SegmentReader(torch.arange(6.0).view(1, 6), [(0, 2), (2, 4), (4, 6)], copies)
     assert pieces.take(2, 1).tolist() == [[4, 5]]
     assert (len(copies.inward.work), copies.inward.done) == (2, 1)
     assert pieces.take(1, 0).tolist() == [[2, 3]]
