@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, Mamba2ForCausalLM, Mamba2Model
 
 from transformers_ma2mba import checkpoint_grid
+from transformers_ma2mba.cell import Border
 from transformers_ma2mba.checkpoint_plan import plan_checkpoints
 from transformers_ma2mba.multi_axis_checkpointing import enable_multi_axis_checkpointing
 from transformers_ma2mba.recurrent_state import LayerState, carried_cache, read_state, write_state
@@ -265,19 +266,18 @@ def test_drawn_at_random(data):
 
 
 class KeptWhole:
-    """Stands in for the checkpointing Function: the same walk over the same pieces, all of it left to autograd."""
+    """Stands in for the checkpointing Function: the same walk over the same segments, all of it left to autograd."""
 
     @staticmethod
     def apply(walk, hidden_states, *tensors):
-        states = [LayerState()] * len(walk.layers)
-        _, random_state, *_ = walk.first_segment
-        walk.random.restore(random_state)
+        states = walk.initial_states(())
+        walk.random.restore(walk.first_segment.random_state)
         with walk.as_in_forward():
-            pieces = checkpoint_grid.SegmentReader(hidden_states, walk.segments, walk.copies)
-            rows, following = walk.run_cell(range(len(walk.layers)), 0, pieces.take(0), states)
-            walk.first_segment = (pieces, random_state, walk.finish(0, rows), following)
+            reader = checkpoint_grid.SegmentReader(hidden_states, walk.segments, walk.offloader)
+            after = walk.pass_segment(0, Border(reader.take(0), states))
+            walk.first_segment = walk.first_segment._replace(reader=reader, after=after)
             output, final = walk.run(hidden_states.shape[:2], states)
-        return output, *(tensor for state in final for tensor in state if walk.final_state)
+        return output, *(tensor for state in final for tensor in state if walk.returns_states)
 
 
 def lora(model):
@@ -593,7 +593,7 @@ def test_a_state_without_a_place_of_its_own_is_refused():
         step(checkpointed(doubled(trunk()), 2, 4), embeds, with_state=True)
     model = checkpointed(pruned(trunk()), 2, 4)
     model.config.num_hidden_layers = 2
-    with pytest.raises(ValueError, match=r"layers\.1 has its state under layer_idx 3 .* ends at 1"):
+    with pytest.raises(ValueError, match=r"layers\.1 keeps its state under layer_idx 3 .* ends at 1"):
         step(model, embeds, with_state=True)
 
 
