@@ -1,9 +1,8 @@
-"""What a computation depends on beside its inputs, held fast for when it runs again.
+"""The state of modules at a forward pass, put back when the same computation runs again in backward.
 
-A checkpointed computation runs once in the forward pass and once more in backward. Between the two, modules may get
-other tensors (`torch.func.functional_call` takes its own back), hooks may go and dropout may be switched off, and
-optimizers may write into weights. What is restored must be computed as in the forward pass, and every tensor of it
-that wants a gradient must be known, whether it is a parameter of a module or came in through a hook.
+Between the two, `torch.func.functional_call` may exchange tensors, hooks may be removed, dropout may be switched off,
+and optimizers may write into weights. Backward must restore the computation of the forward pass, and it must know
+every tensor that requires a gradient, be it a parameter of a module or a tensor that a hook brings in.
 """
 
 import copy
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-# What makes a module compute something else, and can be put back ...
+# Attributes that change what a module computes, and that can be put back ...
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -23,16 +22,21 @@ _HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )
-# ... and what cannot: PEFT adds adapters to weights, and says here which.
+# ... and attributes of PEFT's layers that cannot, as merging an adapter writes into weights.
 _ADAPTERS = ("merged_adapters", "_disable_adapters", "_active_adapter")
 
 
 class CapturedTensors:
-    """Parameters and buffers of some modules, and of all in these, as they are now; and whether the modules are in
-    training mode, and what hooks they have. As a context, it puts all of this back.
+    """Parameters, buffers, training mode and hooks of modules and their sub-modules, as they are now.
+
+    As a context, it puts all of this back.
+
+    Args:
+        modules: by the path that error messages use.
+        with_hooks: whether hooks are captured.
 
     Attributes:
-        trainable: the tensors that want a gradient, each once: those of the modules, then what `add` has added.
+        trainable: the tensors that require a gradient, each once: those of the modules, then those added by `add`.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], with_hooks: bool = True):
@@ -62,20 +66,21 @@ class CapturedTensors:
                 ]
 
     def add(self, tensor: torch.Tensor, name: str):
-        """Captures one tensor more; one that is there already has no need of it."""
+        """Captures one more tensor, unless it has been captured already."""
         if tensor in self.names:
             return
         self.names[tensor] = name
         if tensor.requires_grad:
             self.trainable.append(tensor)
-        if not tensor.is_inference():  # which has no version
+        if not tensor.is_inference():  # inference tensors have no version
             self.versions[tensor] = tensor._version
 
     def check_unchanged(self):
-        """
+        """Checks that backward can restore the computation of the forward pass.
+
         Raises:
-            RuntimeError: if a tensor was written into since it was captured, of which autograd says the same; or if
-                adapters were merged or switched.
+            RuntimeError: if a tensor was modified in place since it was captured, as autograd does; or if adapters
+                were merged or switched.
         """
         for path, module, before in self.adapters:
             if _adapters_of(module) != before:
@@ -86,7 +91,7 @@ class CapturedTensors:
         constants = [(reference(), version) for reference, version in self.constants]
         for tensor, version in [*self.versions.items(), *constants]:
             if tensor is not None and tensor._version != version:
-                name = self.names.get(tensor, "A tensor that a hook or closure brings in")
+                name = self.names.get(tensor, "A tensor that a hook or closure uses")
                 raise RuntimeError(
                     f"{name}, {tuple(tensor.shape)}, was modified in place between the forward pass and backward, "
                     f"which needs it as it was (version {version}, now {tensor._version}): call backward before the "
@@ -94,13 +99,13 @@ class CapturedTensors:
                 )
 
     def __enter__(self):
-        """Until `__exit__`, the modules hold what was captured. This may be done any number of times.
+        """Puts the captured tensors, modes and hooks back, until `__exit__`.
 
         Raises:
-            RuntimeError: if a captured tensor was written into.
+            RuntimeError: if a captured tensor was modified in place.
         """
         self.check_unchanged()
-        # Compared first: mostly there is nothing to put back, and then several threads may do this at a time.
+        # Usually nothing has changed. Then several threads may enter at a time.
         changed = [place for place in self.places if place[0].get(place[1]) is not place[2]]
         changed += [switch for switch in self.switches if switch[0][switch[1]] != switch[2]]
         wanted = set(self.trainable)
@@ -118,28 +123,28 @@ class CapturedTensors:
 
     @staticmethod
     def _turn_gradients(frozen: list[torch.Tensor], freed: list[torch.Tensor]):
-        """Has frozen tensors want gradients, and those that were freed want none."""
+        """Unfreezes the tensors in `frozen`, and freezes those in `freed`."""
         for tensor in frozen:
             tensor.requires_grad_(True)
         for tensor in freed:
             tensor.requires_grad_(False)
 
     def find_others(self, run: Callable, where: str, inputs: Iterable[torch.Tensor] = ()):
-        """Runs a computation as it runs without gradients, and captures what its outputs depend on besides.
+        """Runs a computation without keeping it for backward, and captures the leaves that it depends on besides.
 
-        These are leaves that want a gradient and belong to none of the modules, such as a vector that a hook
-        multiplies by. Autograd records the computation, but keeps none of its tensors.
+        These leaves require a gradient and belong to none of the modules, such as a vector that a hook multiplies by.
+        Autograd records the computation, but keeps none of its tensors.
 
         Args:
-            run: gives an iterable of tensors.
-            where: how errors call the computation.
-            inputs: those of its inputs that want gradients.
+            run: returns an iterable of tensors.
+            where: the name of the computation in error messages.
+            inputs: the inputs that require gradients.
 
         Returns:
-            What `run` gives, detached; None stays None.
+            The tensors that `run` returns, detached; None stays None.
 
         Raises:
-            RuntimeError: if it depends on a tensor that wants a gradient and was computed elsewhere.
+            RuntimeError: if the outputs depend on a tensor that requires a gradient and was computed elsewhere.
         """
         seen = {}
 
@@ -150,7 +155,7 @@ class CapturedTensors:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, _never):
             start = _sequence_number()
             outputs = list(run())
-        # What backward would keep and is still there was not made by this run.
+        # A tensor that backward would keep, and that outlives the run, was not made by the run.
         self.constants += [noted for noted in seen.values() if noted[0]() is not None]
         for leaf in unknown_leaves(outputs, [*self.trainable, *inputs], where, start):
             self.add(leaf, f"a tensor that {where} depend on")
@@ -159,16 +164,16 @@ class CapturedTensors:
 
 @contextmanager
 def without_hooks(tensors: Iterable[torch.Tensor]):
-    """Holds back the gradient hooks of tensors: they are for the gradient, not for each cell's share of it.
+    """Disables the gradient hooks of tensors, which expect whole gradients, while a cell computes its share of them.
 
     Raises:
-        RuntimeError: if another thread is holding back hooks of the same tensors.
+        RuntimeError: if another thread has disabled hooks of the same tensors.
     """
     with _lock:
         if any(tensor in _hooks_held for tensor in tensors):
             raise RuntimeError(
                 "Parameters with gradient hooks cannot be trained by several threads at a time under gradient "
-                "checkpointing, as their hooks are for whole gradients: give each thread a copy of the model."
+                "checkpointing, as their hooks expect whole gradients: give each thread a copy of the model."
             )
         hooks = {tensor: tensor._backward_hooks for tensor in tensors if tensor._backward_hooks}
         for tensor in hooks:
@@ -186,12 +191,13 @@ def without_hooks(tensors: Iterable[torch.Tensor]):
 def unknown_leaves(
     outputs: Iterable[torch.Tensor | None], known: Iterable[torch.Tensor], where: str, start: int | None = None
 ) -> list[torch.Tensor]:
-    """The leaves of autograd's graph that outputs depend on and that are none of the known tensors.
+    """The unknown leaves of autograd's graph that outputs depend on.
 
     Args:
-        known: leaves, or tensors that were computed elsewhere; the graph is not followed beyond them.
-        where: how errors call the computation.
-        start: a sequence number of autograd's; nodes with a lower one were made elsewhere. None to not ask.
+        known: leaves, or tensors that were computed elsewhere; the search ends at them.
+        where: the name of the computation in error messages.
+        start: the sequence number of the computation's first node; nodes with a lower one were made elsewhere. None
+            to accept any node.
 
     Raises:
         RuntimeError: if a node was made elsewhere.
@@ -216,9 +222,9 @@ def unknown_leaves(
                 found[node.variable] = None
         elif start is not None and node._sequence_nr() < start:
             raise RuntimeError(
-                f"{where} depend on a tensor that wants a gradient and that was computed outside ({node.name()}), by "
-                f"which a checkpointed computation cannot send one back: have the hook or closure compute it from "
-                f"parameters itself, or disable gradient checkpointing."
+                f"{where} depend on a tensor that requires a gradient and that was computed outside ({node.name()}). "
+                f"A checkpointed computation cannot send a gradient there: let the hook or closure compute the tensor "
+                f"from parameters itself, or disable gradient checkpointing."
             )
         else:
             edges.extend(node.next_functions)
@@ -231,16 +237,16 @@ def _adapters_of(module: nn.Module) -> list:
 
 def _never(packed):
     raise RuntimeError(
-        "A tensor that a hook took out of a checkpointed layer cannot be differentiated, as what the layer kept for "
-        "backward is gone: compute from the model's outputs instead, or disable gradient checkpointing."
+        "A tensor that a hook took out of a checkpointed layer cannot be differentiated, as the layer keeps nothing "
+        "for backward: compute from the model's outputs instead, or disable gradient checkpointing."
     )
 
 
 def _sequence_number() -> int:
-    """The sequence number that autograd gives to the next node of this thread, or the one before."""
+    """The sequence number of autograd's latest node in this thread."""
     return torch.zeros((), requires_grad=True).view(()).grad_fn._sequence_nr()
 
 
 _lock = threading.Lock()
-_hooks_held = {}  # of tensors that are being differentiated a share at a time
+_hooks_held = {}  # by tensor
 _ACCUMULATE_GRAD = type(torch.zeros((), requires_grad=True).view(()).grad_fn.next_functions[0][0])

@@ -1,17 +1,17 @@
 """The next-token cross-entropy of a language model, a piece of positions at a time.
 
 The logits of a long sequence would be the largest tensor of its training step: 2^19 positions and 50,280 tokens in
-the vocabulary make 105 GB in float32, and their gradient as much again. Here the head runs on a few hundred positions,
-their loss is taken, and their logits are forgotten. Backward computes them again, piece by piece.
+the vocabulary make 105 GB in float32, and their gradient as much again. Here the head runs on a few hundred positions
+at a time: their loss is taken, and their logits are dropped. Backward computes them again, piece by piece.
 
-That is one product of the head more than in the plain run, four in place of three: with MA-GC and every position
-supervised about 1 % of a step of the 2.7B, whose head is a twentieth of the model. The closed form of the gradient,
-softmax minus one-hot, could be had in forward for three. But its factor, one over the number of targets times the
-scale of the loss, is known in backward only. Applied late, it comes after rounding to the precision of the head, where
-float16 has lost what is small; and the gradient of the head's weight would stand from forward to backward.
+The head computes four products in place of three. With MA-GC and every position supervised, that is about 1% of a step
+of the 2.7B, whose head is a twentieth of the model. Three products would do if forward computed the gradient, softmax
+minus one-hot. But only backward knows its factor, the scale of the loss over the number of targets. Applied late, the
+factor would follow the rounding to the head's precision, in which float16 loses small values. And the gradient of the
+head's weight would stay in memory from forward to backward.
 
-From forward to backward wait the hidden states, as in the plain run, and 20 bytes for each supervised position. The
-gradient of the head's weight is summed over the pieces: beside the sum there is one share of it at a time.
+Backward needs the hidden states, as in the plain run, and 20 bytes for each supervised position. It sums the gradient
+of the head's weight over the pieces, with one share of it in memory at a time.
 
 Shape suffixes: B batch, T tokens, K positions, S supervised positions, P positions of a piece, D width, V vocabulary.
 """
@@ -29,20 +29,20 @@ from .captured_tensors import CapturedTensors, without_hooks
 from .gradient_sums import GradientSums
 from .sharded_modules import call_through_hooks, is_sharded, plain_forward
 
-# Logits of a piece and their gradient, both in float32, take this much at most. It is little beside the model, and for
-# a vocabulary of 50,280 still 667 positions: enough for matrix products at full speed.
+# The limit for the logits of a piece and their gradient, both in float32: small beside the model, and large enough for
+# matrix products at full speed, 667 positions with a vocabulary of 50,280.
 _BYTES_OF_A_PIECE = 2**28
 _BYTES_OF_A_LOGIT = 4 + 4
 
 _UNDERSTOOD = {"num_items_in_batch", "ignore_index", "shift_labels"}
-_WITHOUT_EFFECT = {"return_dict", "output_attentions"}  # PEFT hands them to every model; no loss heeds them
+_WITHOUT_EFFECT = {"return_dict", "output_attentions"}  # PEFT passes them to every model; no loss uses them
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class _Head:
-    """A head at one forward pass: how it is called, and the very tensors that it computes with.
+    """A head and the tensors that it uses in one forward pass.
 
-    Backward computes with the same ones, wherever `torch.func.functional_call` or FSDP2 have put others since.
+    Backward uses the same tensors, even if `torch.func.functional_call` or FSDP2 have exchanged them since.
     """
 
     def __init__(self, module: nn.Module, forward: Callable):
@@ -56,9 +56,9 @@ class _Head:
 
 
 def _forward_in_pieces(head: Callable, hidden_states_KD, targets_S, rows_S, positions_per_piece):
-    """Returns the sum of the losses, and the logarithm of each supervised position's sum of exponentials, `(S,)`."""
+    """Computes the sum of the losses, and the log-sum-exp of each supervised position's logits, `(S,)`."""
     losses, log_sums = [], []
-    # If there are no positions, there is still one piece, an empty one: its loss has the right type and device.
+    # Without positions there is one empty piece, whose loss has the right type and device.
     for rows_P, targets_P in zip(rows_S.split(positions_per_piece), targets_S.split(positions_per_piece), strict=True):
         logits_PV = head(hidden_states_KD[rows_P]).float()
         log_sums_P = logits_PV.logsumexp(-1)
@@ -70,14 +70,17 @@ def _forward_in_pieces(head: Callable, hidden_states_KD, targets_S, rows_S, posi
 
 
 class _LossInPieces(torch.autograd.Function):
-    """The sum of the losses. Gradients of the head's parameters leave from its backward, summed over the pieces, so
-    that hooks on them (DDP, ZeRO, FSDP2) see each exactly once."""
+    """The sum of the losses.
+
+    Its backward returns the gradients of the head's parameters, summed over the pieces, so that hooks on parameters
+    (DDP, ZeRO, FSDP2) see each gradient exactly once.
+    """
 
     @staticmethod
     def forward(ctx, head: _Head, positions_per_piece: int, hidden_states_KD, targets_S, rows_S, *tensors):
         kind = hidden_states_KD.device.type
         ctx.head, ctx.positions_per_piece = head, positions_per_piece
-        # Without autocast's cache: a weight that was cast while no gradient was wanted must not come back when it is.
+        # Without autocast's cache: a weight that was cast without a gradient must not serve with one.
         ctx.autocast = dict(
             device_type=kind,
             enabled=torch.is_autocast_enabled(kind),
@@ -117,16 +120,16 @@ class _LossInPieces(torch.autograd.Function):
             for rows_P, targets_P, log_sums_P in pieces:
                 hidden_states_PD = hidden_states_KD[rows_P].requires_grad_(wants_rows)
                 with torch.enable_grad():
-                    # By a view, as PyTorch's counter of FLOPs cannot follow a leaf through this call of `grad`.
+                    # By a view, as PyTorch's FLOP counter cannot follow a leaf through a call of `grad`.
                     logits_PV = head(hidden_states_PD.view_as(hidden_states_PD))
-                if not logits_PV.requires_grad:  # what wants gradients has no part in the logits
+                if not logits_PV.requires_grad:  # the logits depend on nothing that requires a gradient
                     continue
                 inputs = [*([hidden_states_PD] if wants_rows else []), *parameters]
                 grad_logits_PV = _gradient_of_logits(logits_PV.detach(), targets_P, log_sums_P, grad_loss)
                 with torch.autocast(kind, enabled=False):  # as around backward
                     gradients = [*torch.autograd.grad(logits_PV, inputs, grad_logits_PV, allow_unused=True)]
                 del logits_PV, grad_logits_PV
-                # Each is gone before the next piece makes another.
+                # Free each gradient before the next piece computes another.
                 for parameter in reversed(parameters):
                     sums.add(parameter, gradients.pop())
                 if wants_rows and (grad_PD := gradients.pop()) is not None:
@@ -137,8 +140,8 @@ class _LossInPieces(torch.autograd.Function):
 
 
 def _gradient_of_logits(logits_PV, targets_P, log_sums_P, grad_loss):
-    """Softmax minus one-hot, computed in float32 as the loss is, in the precision of the logits."""
-    # Half precision becomes float32 in the subtraction, without a copy; float64 is to be rounded as for the loss.
+    """Softmax minus one-hot, computed in float32 like the loss, in the precision of the logits."""
+    # The subtraction promotes half precision to float32 without a copy. Float64 is rounded, as for the loss.
     wide_PV = logits_PV if logits_PV.dtype.itemsize < 4 else logits_PV.float()
     grad_PV = (wide_PV - log_sums_P[:, None]).exp_()
     targets_P1 = targets_P.to(grad_PV.device)[:, None]
@@ -155,21 +158,21 @@ def loss_in_pieces(
     ignore_index: int = -100,
     positions_per_piece: int | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy of a head's predictions, of which there are never more than a piece's in memory.
+    """Cross-entropy of a head's predictions, with the logits of one piece in memory at a time.
 
-    Value and gradients are those of Transformers' `ForCausalLMLoss` on `head(hidden_states).float()`, with one
-    difference: without any target the loss is zero, and so are the gradients. Hooks of the head see each piece, in
-    backward once more; those of a sharded head are called once, around all pieces.
+    Value and gradients equal those of Transformers' `ForCausalLMLoss` on `head(hidden_states).float()`, with one
+    difference: without any target, the loss and its gradients are zero. Hooks of the head see each piece, and see it
+    again in backward; the hooks of a sharded head run once, around all pieces.
 
     Args:
-        head: makes `(P, vocab_size)` logits of `(P, hidden_size)` rows, each row by itself. Rows are cast to the type
-            of its `weight`, `(vocab_size, hidden_size)`, as stock models do.
+        head: maps `(P, hidden_size)` rows to `(P, vocab_size)` logits, each row by itself. Rows are cast to the type
+            of its `weight`, `(vocab_size, hidden_size)`, as in stock models.
         hidden_states_KD: `(num_positions, hidden_size)`.
         targets_K: `(num_positions,)`, the token that each position is to predict, or `ignore_index`.
-        num_items_in_batch: what the sum of the losses is divided by; None for the number of targets.
-        ignore_index: stands where nothing is to be learned.
-        positions_per_piece: how many positions' logits there are at a time. None: as many as take 256 MiB with their
-            gradient, or one.
+        num_items_in_batch: divides the sum of the losses; None for the number of targets.
+        ignore_index: the target of positions without one.
+        positions_per_piece: the positions of a piece. By default those whose logits and gradients take 256 MiB, and
+            at least one.
 
     Returns:
         The loss, a scalar: float32.
@@ -188,15 +191,15 @@ def loss_in_pieces(
         raise ValueError(f"positions_per_piece must be a positive integer or None, got {positions_per_piece!r}.")
     if _has_sharded_parts(head):
         raise RuntimeError(
-            "The parts of this head are sharded one by one, and processes with different numbers of pieces would wait "
-            "for each other at its calls: take the loss of whole logits, or leave the head out of the adapter."
+            "The parts of this head are sharded one by one: processes with different numbers of pieces would wait for "
+            "each other. Take the loss of whole logits, or leave the head out of the adapter."
         )
     targets_K = targets_K.to(hidden_states_KD.device)
     rows_S = (targets_K != ignore_index).nonzero().squeeze(1)
-    forward = plain_forward(head)  # bound now: while the hooks of a sharded head run, its `forward` is `run`
+    forward = plain_forward(head)  # bound now, as `run` replaces the `forward` of a sharded head inside its hooks
 
     def run(hidden_states_KD, targets_S, rows_S):
-        # Built inside the hooks: only now does a sharded head have its whole parameters.
+        # Inside the hooks, where a sharded head has its whole parameters.
         called = _Head(head, forward)
         size = positions_per_piece or max(1, _BYTES_OF_A_PIECE // (_BYTES_OF_A_LOGIT * head.weight.shape[0]))
         inputs = hidden_states_KD, targets_S, rows_S
@@ -228,7 +231,7 @@ def causal_lm_loss(
         hidden_states: `(..., sequence_length, hidden_size)`.
         labels: `(..., sequence_length)`, token ids, of which each position predicts the next one's.
         shift_labels: in place of `labels`, `(..., sequence_length)`, what each position is to predict.
-        kwargs: without effect, as there.
+        kwargs: without effect, as in `ForCausalLMLoss`.
 
     Returns:
         The loss, a scalar: float32.
@@ -245,11 +248,10 @@ def causal_lm_loss(
 
 
 def can_be_in_pieces(model: PreTrainedModel, kwargs: dict) -> bool:
-    """Whether [`causal_lm_loss`] does for a model what its `loss_function` would do with these keyword arguments.
+    """Whether [`causal_lm_loss`] equals a model's `loss_function` with these keyword arguments.
 
-    It does not if the loss is another than Transformers' for causal language models, or an argument is unknown; if
-    hooks of the head are to see all logits; or if the head's parameters are not its own when it is called, as where
-    the parts of an adapter are sharded one by one.
+    It does not if the model has another loss than Transformers' for causal language models, if an argument is unknown,
+    if the head has hooks, which expect all logits, or if the parts of the head are sharded one by one.
     """
     given = {name for name, value in kwargs.items() if value is not None}
     if model.loss_function is not ForCausalLMLoss or not given <= _UNDERSTOOD | _WITHOUT_EFFECT:
@@ -258,7 +260,7 @@ def can_be_in_pieces(model: PreTrainedModel, kwargs: dict) -> bool:
     weight = getattr(head, "weight", None)
     if weight is None or not any(weight is parameter for parameter in head.parameters()):
         return False
-    # Each row by itself, as no other class can promise. Accelerate's hooks move rows, and weights that are elsewhere.
+    # A linear layer computes each row by itself. Accelerate's hooks only move rows and offloaded weights.
     wrapped = "forward" in vars(head) and not (hasattr(head, "_hf_hook") and not weight.is_meta)
     if wrapped or not (type(head).forward is nn.Linear.forward or _is_adapted_linear(head)):
         return False

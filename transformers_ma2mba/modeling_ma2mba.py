@@ -1,7 +1,7 @@
 """Video-Ma²mba (arXiv:2411.19460, §3.4): every frame through CLIP, pooled, projected, into a stock Mamba-2.
 
-Shape suffixes: B batch, T tokens, F frames, P patches of a frame, N tokens of a frame, D language width,
-K supervised positions, V vocabulary.
+Shape suffixes: B batch, T tokens, F frames, P patches of a frame, N tokens of a frame, C width of the vision encoder,
+D width of the language model, K supervised positions, V vocabulary.
 """
 
 import math
@@ -35,13 +35,14 @@ from .recurrent_state import cache_layers_of
 from .shape import indexable_tokens, segment_bounds
 from .sharded_modules import has_forward_hooks, is_sharded, max_over_processes, processes_in_step
 
-# Transformers does so in the first call that returns hidden states, and no graph can be made of that call then.
+# Transformers installs these hooks in the first call that returns hidden states. torch.compile cannot trace that call.
 _install_capturing_hooks = torch.compiler.disable(maybe_install_capturing_hooks)
 
 
 @dataclass
 class Ma2mbaModelOutput(ModelOutput):
-    """
+    """Output of [`Ma2mbaModel`].
+
     last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
         Hidden states after the final norm.
     cache_params (`Cache`, *optional*, returned with `use_cache=True`):
@@ -57,13 +58,14 @@ class Ma2mbaModelOutput(ModelOutput):
 
 @dataclass
 class Ma2mbaForVideoQAOutput(ModelOutput):
-    """
+    """Output of [`Ma2mbaForVideoQA`].
+
     loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
         Next-token cross-entropy over the supervised positions.
     logits (`torch.Tensor` of shape `(batch_size, num_logits, vocab_size)`, *optional*):
-        Without labels, the positions that `logits_to_keep` names. With labels, the predictions of the supervised
-        tokens alone, in order, rows filled up with zeros to the row that has most. None with labels in a training
-        step under multi-axis gradient checkpointing, which has logits of a few positions at a time only.
+        Without labels, at the positions that `logits_to_keep` selects. With labels, the predictions of the supervised
+        tokens only, in order; zeros fill up the rows that have fewer of them. With labels in a training step under
+        multi-axis gradient checkpointing, None: such a step computes the logits of a few positions at a time.
     cache_params, hidden_states: as in [`Ma2mbaModelOutput`].
     """
 
@@ -84,17 +86,20 @@ class Ma2mbaMultiModalProjector(nn.Module):
         self.linear_2 = nn.Linear(width, width, bias=config.multimodal_projector_bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Projects `(..., vision_width)` features to `(..., hidden_size)`."""
         return self.linear_2(self.act(self.linear_1(features)))
 
 
 def pool_patches(features_FPC: torch.Tensor, mode: str, stride: int) -> torch.Tensor:
-    """Pools a square grid of patch features; a side that the stride does not divide rounds up.
+    """Pools a square grid of patch features (paper §3.4).
 
     Args:
-        features_FPC: `(num_frames, patches_per_side ** 2, channels)`, row by row.
+        features_FPC: `(num_frames, patches_per_side ** 2, vision_width)`, row by row.
+        mode: `"bilinear"`, `"average"` or `"max"`.
+        stride: the pooling factor along each side; a side that it does not divide rounds up.
 
     Returns:
-        `(num_frames, ceil(patches_per_side / stride) ** 2, channels)`, row by row.
+        `(num_frames, ceil(patches_per_side / stride) ** 2, vision_width)`, row by row.
     """
     num_frames, num_patches, channels = features_FPC.shape
     side = math.isqrt(num_patches)
@@ -109,6 +114,8 @@ def pool_patches(features_FPC: torch.Tensor, mode: str, stride: int) -> torch.Te
 
 
 class Ma2mbaPreTrainedModel(PreTrainedModel):
+    """Base class: loading, tied weights and gradient checkpointing."""
+
     config: Ma2mbaConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
@@ -122,23 +129,24 @@ class Ma2mbaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def tie_weights(self, *args, **kwargs):
+        """Ties the head to the embeddings, and freezes the unused layers of the vision encoder."""
         super().tie_weights(*args, **kwargs)
-        # The last step of building and of loading; the latter makes new parameters, which all want gradients.
+        # Building and loading both end here. Loading makes new parameters, all of which require gradients.
         for module in self.modules():
             if isinstance(module, Ma2mbaModel):
-                module.freeze_what_no_feature_reaches()
+                module.freeze_unused_vision_layers()
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, every_n_layers=1, offload=False):
-        """Trains with MA-GC, multi-axis gradient checkpointing (paper §3.2): exact gradients, activation memory O(S).
+        """Switches on MA-GC, multi-axis gradient checkpointing (paper §3.2): exact gradients, activation memory O(S).
 
-        The vision encoder is restored too, `config.frames_per_vision_pass` frames at a time.
-        `activation_checkpointing_enable` comes here as well, with the same arguments.
+        Backward also restores the vision encoder, `config.frames_per_vision_pass` frames at a time.
+        `activation_checkpointing_enable` calls this method with the same arguments.
 
         Args:
-            gradient_checkpointing_kwargs: `layer_interval`, `sequence_interval`, `memory_budget`, `offload` and
-                `order` as in [`enable_multi_axis_checkpointing`]; without them, each length gets a plan.
+            gradient_checkpointing_kwargs: the options of [`enable_multi_axis_checkpointing`]. By default each sequence
+                length gets a plan.
             every_n_layers: must be 1; [`Trainer`] takes it out of the kwargs.
-            offload: the same as the key.
+            offload: the same as the option; [`Trainer`] takes it out of the kwargs, too.
 
         Raises:
             ValueError: if a key is unknown, or a value makes no sense.
@@ -148,11 +156,12 @@ class Ma2mbaPreTrainedModel(PreTrainedModel):
         )
 
     def gradient_checkpointing_disable(self):
-        """Returns to the plain forward pass."""
+        """Switches MA-GC off: the forward pass is the plain one again."""
         disable_multi_axis_checkpointing(self)
 
     @property
     def is_activation_checkpointing(self) -> bool:
+        """Whether MA-GC is on."""
         return is_multi_axis_checkpointed(self)
 
     is_gradient_checkpointing = is_activation_checkpointing  # PEFT asks by the old name
@@ -165,7 +174,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = Ma2mbaMultiModalProjector(config)
-        # What is asked of attention is asked of the vision encoder: Mamba-2 has none, and would refuse.
+        # The attention implementation is the vision encoder's: Mamba-2 has no attention, and rejects the setting.
         self.language_model = AutoModel.from_config(config.text_config, attn_implementation="eager")
         hold(self)
         self.post_init()
@@ -174,9 +183,11 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         super().__setstate__(state)
         hold(self)  # a copy may be compiled before it is first called
 
-    def freeze_what_no_feature_reaches(self):
-        """Features are taken below the last layers of the vision tower. What lies above never gets a gradient; saying
-        so keeps DDP and ZeRO from waiting for one."""
+    def freeze_unused_vision_layers(self):
+        """Freezes the layers of the vision encoder above `vision_feature_layer`, whose output nothing uses.
+
+        They never get a gradient, and DDP and ZeRO would wait for one.
+        """
         layers = self.vision_tower.encoder.layers
         used = self.config.vision_feature_layer % (len(layers) + 1)
         for module in (*layers[used:], self.vision_tower.post_layernorm, getattr(self.vision_tower, "head", None)):
@@ -184,9 +195,11 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
                 module.requires_grad_(False)
 
     def get_input_embeddings(self):
+        """The embeddings of the language model."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value):
+        """Replaces the embeddings of the language model."""
         self.language_model.set_input_embeddings(value)
 
     def _check_pixels(self, pixels: torch.Tensor, name: str):
@@ -205,7 +218,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
             raise ValueError(f"{name} must be uint8, or floating point if already normalised; got {pixels.dtype}.")
 
     def _encode_frames(self, pixels: torch.Tensor) -> torch.Tensor:
-        """`(F, 3, height, width)` pixels of a few frames to `(F, N, D)` tokens: the paper's path, in its order."""
+        """Encodes `(F, 3, height, width)` pixels of a few frames as `(F, N, D)` tokens (paper §3.4)."""
         weight = self.multi_modal_projector.linear_1.weight
         device = self.vision_tower.device
         if pixels.dtype == torch.uint8:
@@ -220,11 +233,11 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         return self.multi_modal_projector(features_FNC.to(weight.dtype))
 
     def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """Tokens of frames, a few frames at a time.
+        """Encodes frames as tokens, a few frames at a time.
 
         Args:
             pixel_values_videos: `(num_frames, 3, image_size, image_size)`, the frames of all videos one after the
-                other; uint8 pixels, or floats that are already normalised.
+                other; uint8, or floats that are already normalised.
 
         Returns:
             An output whose `pooler_output` has shape `(num_frames, tokens_per_frame, hidden_size)`.
@@ -233,18 +246,21 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         return self._encode_in_pieces(pixel_values_videos)
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """Tokens of images, each treated as a video of one frame; shapes as in `get_video_features`."""
+        """Encodes images as tokens, each as a video of one frame; shapes as in `get_video_features`."""
         self._check_pixels(pixel_values, "pixel_values")
         return self._encode_in_pieces(pixel_values)
 
     def _encode_frames_checkpointed(self, pixels: torch.Tensor, captured: CapturedTensors | None) -> torch.Tensor:
-        """`_encode_frames`, which backward runs again with the captured tensors; a compiled graph has its own."""
+        """Runs `_encode_frames` such that backward runs it again, with the captured tensors.
+
+        A compiled graph holds tensors of its own.
+        """
         options = {}
         if captured is not None and not torch.compiler.is_compiling():
             options["context_fn"] = lambda: (nullcontext(), captured)
         return checkpoint(self._encode_frames, pixels, use_reentrant=False, **options)
 
-    @torch.compiler.disable(recursive=False)  # the loop: a graph of a few frames serves any number of them
+    @torch.compiler.disable(recursive=False)  # the loop only: one graph of a few frames serves films of any length
     def _encode_in_pieces(self, pixels: torch.Tensor, frames_per_piece=None) -> BaseModelOutputWithPooling:
         _install_capturing_hooks(self.vision_tower)
         encode = self._encode_frames
@@ -254,7 +270,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         return BaseModelOutputWithPooling(pooler_output=pieces[0] if len(pieces) == 1 else torch.cat(pieces))
 
     def _vision_as_it_is(self) -> CapturedTensors | None:
-        """The tensors that the vision modules have now; those of sharded modules come and go."""
+        """The tensors that the vision modules have now. None for sharded modules, whose tensors come and go."""
         if any(map(is_sharded, self.modules())):
             return None
         modules = {"vision_tower": self.vision_tower, "multi_modal_projector": self.multi_modal_projector}
@@ -262,7 +278,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         return CapturedTensors(modules, with_hooks=False)
 
     def _place_features(self, inputs_embeds_BTD, input_ids_BT, features_FND, token_id, name):
-        """Puts vision tokens where the placeholders are, in order."""
+        """Replaces the embeddings of the placeholders by vision tokens, in order."""
         if input_ids_BT is None:
             placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds_BTD.device))
             mask_BT = (inputs_embeds_BTD == placeholder).all(-1)
@@ -279,10 +295,10 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         return inputs_embeds_BTD.index_put(positions, features)
 
     def _count_idle_pieces(self, pixels: list[torch.Tensor], device) -> int:
-        """How many pieces more than its own this process must run through the vision modules for the others' sake.
+        """The number of blank pieces that this process must run through the vision modules.
 
-        All processes wait until every trained parameter has had its gradient everywhere, in a batch without pictures
-        too. Where modules are sharded, all wait until each process has called them as often.
+        In DDP, all processes wait until every trained parameter has a gradient on each of them; a batch without
+        pictures gives none. Where modules are sharded, all processes must call them equally often.
         """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return 0
@@ -295,7 +311,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         return needed - own
 
     def _with_idle_pieces(self, inputs_embeds_BTD, num_pieces: int):
-        """Runs blank frames through the vision modules. They change nothing, and give gradients of zero."""
+        """Runs blank frames through the vision modules, which changes no value and gives gradients of zero."""
         size = self.config.vision_config.image_size
         frames = torch.zeros(num_pieces, 3, size, size, dtype=torch.uint8)
         features = self._encode_in_pieces(frames, frames_per_piece=1).pooler_output
@@ -304,18 +320,20 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
     def _tokens_per_pass(self, batch_size: int) -> int:
         return min(self.config.tokens_per_pass, indexable_tokens(self.config, batch_size))
 
-    def _language_model_in_pieces(self, inputs_embeds_BTD, cache_params, use_cache, attention_mask, **options):
-        """Runs a long sequence a piece at a time, the state carried from one to the next: the result is the same, and
-        neither memory nor a kernel's offsets grow with the sequence."""
+    def _language_model_in_segments(self, inputs_embeds_BTD, cache_params, use_cache, attention_mask, **options):
+        """Runs a long sequence segment by segment, and carries the state.
+
+        The result is that of a single pass. Neither memory nor the offsets in kernels grow with the sequence.
+        """
         text_config = self.config.text_config
         state = cache_params if cache_params is not None else DynamicCache(config=text_config)
-        cache_layers_of(state, self.language_model.layers)  # raises where layers would write into one place
+        cache_layers_of(state, self.language_model.layers)  # raises if two layers share a place
         batch_size, sequence_length, _ = inputs_embeds_BTD.shape
         if attention_mask is not None:
             attention_mask = attention_mask[:, -sequence_length:]
         rows = None
         for start, stop in segment_bounds(sequence_length, self._tokens_per_pass(batch_size)):
-            piece = self.language_model(
+            segment = self.language_model(
                 inputs_embeds=inputs_embeds_BTD[:, start:stop],
                 attention_mask=attention_mask[:, start:stop] if attention_mask is not None else None,
                 cache_params=state,
@@ -324,8 +342,8 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
                 **options,
             ).last_hidden_state
             if rows is None:
-                rows = piece.new_empty(*inputs_embeds_BTD.shape[:2], piece.shape[-1])
-            rows[:, start:stop] = piece
+                rows = segment.new_empty(*inputs_embeds_BTD.shape[:2], segment.shape[-1])
+            rows[:, start:stop] = segment
         if use_cache is None:
             use_cache = text_config.use_cache and not self.training
         return Mamba2Output(last_hidden_state=rows, cache_params=state if use_cache else None)
@@ -344,11 +362,13 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         positions_to_keep: torch.Tensor | None = None,
         **kwargs,
     ) -> Ma2mbaModelOutput:
-        """Arguments as in [`Ma2mbaForVideoQA`], and
+        """Runs vision encoder, projector and language model.
 
         Args:
-            positions_to_keep: `(batch_size, sequence_length)`, True for the positions that are wanted: then
-                `last_hidden_state` is `(num_rows, hidden_size)`, sample by sample.
+            positions_to_keep: `(batch_size, sequence_length)`, True for the wanted positions. With it,
+                `last_hidden_state` is `(num_positions, hidden_size)`, sample by sample.
+
+        All other arguments are those of [`Ma2mbaForVideoQA`].
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
@@ -371,20 +391,21 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
             inputs_embeds = self._with_idle_pieces(inputs_embeds, num_idle_pieces)
 
         options = dict(use_cache=use_cache, attention_mask=attention_mask, ssd_scan=True)
-        # A grid leaves out what nobody wants; the stock forward pass does not know of this, nor do hooks.
-        leaves_out = is_multi_axis_checkpointed(self.language_model) and not has_forward_hooks(self.language_model)
-        in_one_piece = inputs_embeds.shape[1] <= self._tokens_per_pass(len(inputs_embeds))
-        if torch.is_grad_enabled() or output_hidden_states or in_one_piece:
+        # Only the grid can skip positions: the stock forward pass cannot, and hooks expect all of them.
+        in_grid = is_multi_axis_checkpointed(self.language_model)
+        skips_positions = in_grid and not has_forward_hooks(self.language_model)
+        in_one_segment = inputs_embeds.shape[1] <= self._tokens_per_pass(len(inputs_embeds))
+        if torch.is_grad_enabled() or output_hidden_states or in_one_segment:
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
                 cache_params=cache_params,
                 output_hidden_states=output_hidden_states,
                 return_dict=True,
-                **({"positions_to_keep": positions_to_keep} if leaves_out else {}),
+                **({"positions_to_keep": positions_to_keep} if skips_positions else {}),
                 **options,
             )
         else:
-            outputs = self._language_model_in_pieces(inputs_embeds, cache_params, **options)
+            outputs = self._language_model_in_segments(inputs_embeds, cache_params, **options)
         last_hidden_state = outputs.last_hidden_state
         if positions_to_keep is not None and last_hidden_state.ndim == 3:
             last_hidden_state = last_hidden_state[positions_to_keep]
@@ -409,14 +430,16 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        # `generate` makes `past_key_values` for class names without "mamba" in them. The language model makes its own
-        # cache on the first step instead and hands it on as `cache_params`.
+        # If True, `generate` would make `past_key_values`, as the class name does not contain "mamba". The language
+        # model makes its own cache in the first step and returns it as `cache_params`.
         return False
 
     def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """See [`Ma2mbaModel.get_video_features`]."""
         return self.model.get_video_features(pixel_values_videos, **kwargs)
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """See [`Ma2mbaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
     def forward(
@@ -434,19 +457,20 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs,
     ) -> Ma2mbaForVideoQAOutput:
-        """
+        """Predicts the next token at each position, or the loss of such predictions.
+
         Args:
             input_ids: `(batch_size, sequence_length)`, with `config.tokens_per_frame` placeholders a frame.
             pixel_values: `(num_images, 3, image_size, image_size)`, the images of the whole batch in order.
-            pixel_values_videos: `(num_frames, 3, image_size, image_size)`, the frames of the whole batch in order:
-                videos of different lengths stand one after the other, and the placeholders say whose they are.
-                Both kinds of pixels are uint8, or floats that are already normalised.
+            pixel_values_videos: `(num_frames, 3, image_size, image_size)`, the frames of the whole batch in order.
+                Videos of different lengths stand one after the other; the placeholders tell the samples apart. Both
+                kinds of pixels are uint8, or floats that are already normalised.
             attention_mask: `(batch_size, sequence_length)`, 0 for padding, which stands on the left.
             labels: `(batch_size, sequence_length)`, token ids, -100 where nothing is to be learned. Only supervised
-                positions go through the head. In a training step under multi-axis gradient checkpointing they do so
-                a piece at a time, and the output's `logits` are None.
-            logits_to_keep: how many last positions get logits (0: all), or which; see `slice_logits_to_keep`. Without
-                effect when labels are given.
+                positions go through the head. In a training step under multi-axis gradient checkpointing they go in
+                pieces, and the output's `logits` are None.
+            logits_to_keep: the number of last positions that get logits (0: all), or their indices; see
+                `slice_logits_to_keep`. Without effect if labels are given.
             cache_params: the recurrent state that the sequence continues; updated in place.
             mm_encoder_outputs: outputs of `get_image_features` and `get_video_features` under `"image"` and
                 `"video"`, in place of pixels.
@@ -480,8 +504,10 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
         )
 
     def _supervised_loss(self, hidden_states_KD, labels_BT, supervised_BT, **kwargs):
-        """Loss and logits of the positions that predict a supervised token, and of no others. In a checkpointed
-        training step the loss comes in pieces, and there are no logits."""
+        """Loss and logits of the positions that predict a supervised token.
+
+        A checkpointed training step takes the loss in pieces, and has no logits.
+        """
         targets_K = labels_BT.roll(-1, dims=1)[supervised_BT]
         checkpointed = self.training and torch.is_grad_enabled() and is_multi_axis_checkpointed(self)
         if checkpointed and can_be_in_pieces(self, kwargs):
@@ -497,12 +523,12 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
                 vocab_size=self.config.text_config.vocab_size,
                 **kwargs,
             )
-        # One row per sample again, as the Trainer gathers predictions along the batch.
+        # One row per sample, since the Trainer gathers predictions along the batch.
         rows = logits_KV.split(supervised_BT.sum(1).tolist())
         return loss, nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        # `generate` expands tensors for beams and several samples, but not a state to continue from.
+        # `generate` expands tensors for beams and for several samples, but not a state to continue from.
         state = model_kwargs.get("cache_params")
         if state is not None and expand_size > 1:
             state.reorder_cache(torch.arange(len(input_ids), device=input_ids.device).repeat_interleave(expand_size))

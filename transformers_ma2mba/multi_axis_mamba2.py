@@ -1,4 +1,4 @@
-"""What stands in for stock classes in checkpointed models: layers in a grid (paper §3.2), and the loss in pieces."""
+"""Stand-ins for the stock Mamba-2 classes: layers in a grid (paper §3.2), and the loss in pieces."""
 
 import functools
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from .swapped_class import Swappable
 
 
 class MultiAxisMamba2Model(Swappable, Mamba2Model):
-    """What stands in for `Mamba2Model` in the classes of checkpointed models: its layers in a grid."""
+    """A `Mamba2Model` whose training steps run its layers in a grid."""
 
     def forward(
         self,
@@ -33,8 +33,12 @@ class MultiAxisMamba2Model(Swappable, Mamba2Model):
         positions_to_keep=None,
         **kwargs,
     ):
-        """`Mamba2Model.forward` with one argument more: `positions_to_keep`, `(batch_size, sequence_length)`, is True
-        for the positions that are wanted. With it, `last_hidden_state` is `(num_positions, hidden_size)`."""
+        """`Mamba2Model.forward` with one more argument.
+
+        Args:
+            positions_to_keep: `(batch_size, sequence_length)`, True for the wanted positions. With it,
+                `last_hidden_state` is `(num_positions, hidden_size)`.
+        """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         settings = vars(self).get("_multi_axis_checkpointing")
@@ -51,7 +55,7 @@ class MultiAxisMamba2Model(Swappable, Mamba2Model):
                 input_ids, inputs_embeds, cache_params, use_cache, attention_mask, positions_to_keep, **kwargs
             )
         else:
-            # By name, not by `super()`: others may have bound this method, and call it when the class is gone again.
+            # Not by `super()`: accelerate's hooks may hold this method bound, and call it once the class is restored.
             outputs = Mamba2Model.forward(
                 self,
                 input_ids,
@@ -69,7 +73,7 @@ class MultiAxisMamba2Model(Swappable, Mamba2Model):
 
     @classmethod
     def around(cls, swapped: type, forward: Callable) -> Callable:
-        """A subclass's own forward, which must come to that of this class, or the layers would run without a grid."""
+        """A subclass's own forward pass, which must call this class's: otherwise no grid would run."""
 
         @functools.wraps(forward)
         def around(self, *args, **kwargs):
@@ -78,14 +82,14 @@ class MultiAxisMamba2Model(Swappable, Mamba2Model):
             outputs = forward(self, *args, **kwargs)
             if settings and self.training and torch.is_grad_enabled() and settings.passes == passes:
                 raise RuntimeError(
-                    f"{type(self).__name__} has a forward of its own that does not call super().forward, where "
-                    f"multi-axis gradient checkpointing is done: call it, or disable gradient checkpointing."
+                    f"{type(self).__name__} has a forward of its own that does not call super().forward, which does "
+                    f"multi-axis gradient checkpointing: call it, or disable gradient checkpointing."
                 )
             return outputs
 
         return around
 
-    # Out of torch.compile's graphs: a plan is made for each length, and the walk makes it.
+    # Outside of torch.compile's graphs, as each length has a plan of its own.
     @torch.compiler.disable
     def _forward_in_grid(
         self, input_ids, inputs_embeds, cache_params, use_cache, attention_mask, positions_to_keep, **kwargs
@@ -97,7 +101,7 @@ class MultiAxisMamba2Model(Swappable, Mamba2Model):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
         inputs, embedding = inputs_embeds, None
         if inputs_embeds is None:
-            # Looked up segment by segment, unless more than looking up is asked for.
+            # The walk looks ids up segment by segment, if looking up is all that the embedding does.
             embedding = self.embeddings if _only_looks_up(self.embeddings) and not _any_sharded(self) else None
             inputs = self.embeddings(input_ids) if embedding is None else input_ids
         if use_cache and cache_params is None:
@@ -111,7 +115,7 @@ class MultiAxisMamba2Model(Swappable, Mamba2Model):
         )
         forwards, fused = forwards_of(list(self.layers), self.norm_f.weight.device)
         if fused and mask is not None and bool(((mask != 0) & (mask != 1)).any()):
-            forwards, fused = None, False  # the kernels know tokens and padding, and nothing between
+            forwards, fused = None, False  # the kernels know masks of 0 and 1 only
         hidden_states = run_checkpointed(
             list(self.layers),
             inputs,
@@ -128,7 +132,7 @@ class MultiAxisMamba2Model(Swappable, Mamba2Model):
 
 
 class MultiAxisMamba2ForCausalLM(Swappable, Mamba2ForCausalLM):
-    """What stands in for `Mamba2ForCausalLM`: the loss of a training step in pieces."""
+    """A `Mamba2ForCausalLM` whose training steps take the loss in pieces."""
 
     def forward(
         self,
@@ -143,8 +147,10 @@ class MultiAxisMamba2ForCausalLM(Swappable, Mamba2ForCausalLM):
         logits_to_keep=0,
         **kwargs,
     ):
-        """`Mamba2ForCausalLM.forward`, but for training steps with labels: the head runs at the positions that are
-        supervised, a few of them at a time, and the output's `logits` are None."""
+        """`Mamba2ForCausalLM.forward`, except in training steps with labels.
+
+        There the head runs on a few supervised positions at a time, and the output's `logits` are None.
+        """
         inputs = dict(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -163,7 +169,7 @@ class MultiAxisMamba2ForCausalLM(Swappable, Mamba2ForCausalLM):
         targets = kwargs.pop("shift_labels", None)
         if targets is None:
             targets = F.pad(labels[:, 1:], (0, 1), value=ignored)
-        if not has_forward_hooks(self.backbone):  # which are to see all rows
+        if not has_forward_hooks(self.backbone):  # hooks expect all positions
             inputs["positions_to_keep"] = targets != ignored
         outputs = self.backbone(**inputs, return_dict=True)
         rows = outputs.last_hidden_state
@@ -177,27 +183,28 @@ class MultiAxisMamba2ForCausalLM(Swappable, Mamba2ForCausalLM):
 
 
 def _refuse_what_sees_the_whole_sequence(layers: nn.ModuleList):
-    """
+    """Refuses layers that cannot run segment by segment.
+
     Raises:
-        ValueError: for adapters that count positions, and for layers that others checkpoint, too.
+        ValueError: for adapters that count positions, and for layers in PyTorch's checkpoint wrapper.
     """
     for path, module in layers.named_modules(prefix="layers"):
         if any(
             type(variant).__name__.startswith("ALora") for variant in vars(module).get("lora_variant", {}).values()
         ):
             raise ValueError(
-                f"{path} has an activated LoRA adapter, which counts positions of the whole sequence, and multi-axis "
-                f"gradient checkpointing runs layers a segment at a time: disable one of them."
+                f"{path} has an activated LoRA adapter, which counts positions of the whole sequence, but multi-axis "
+                f"gradient checkpointing runs layers segment by segment: disable one of them."
             )
         if hasattr(module, "_checkpoint_wrapped_module"):
             raise ValueError(
-                f"{path} is checkpointed by PyTorch's wrapper, too: take the wrapper off, or disable multi-axis "
-                f"gradient checkpointing."
+                f"{path} is in PyTorch's checkpoint wrapper: take the wrapper off, or disable multi-axis gradient "
+                f"checkpointing."
             )
 
 
 def _only_looks_up(embedding: nn.Module) -> bool:
-    """Whether a module is an embedding and nothing else: no hooks, such as PEFT's, no adapter, no sparse gradients."""
+    """Whether a module is a plain embedding: no hooks, no adapter, no sparse gradients."""
     hooks = has_forward_hooks(embedding) or embedding._backward_hooks or embedding._backward_pre_hooks
     module = torch.nn.modules.module
     hooks = hooks or module._global_backward_hooks or module._global_backward_pre_hooks or "forward" in vars(embedding)

@@ -1,4 +1,4 @@
-"""Host memory for what a device need not hold: copies to and from it while the device computes."""
+"""Checkpoints in host memory: copies from the device and back while the device computes."""
 
 import functools
 from collections import deque
@@ -8,19 +8,19 @@ import torch
 
 from .pinned_memory import pinned_memory
 
-_STORES_UNDER_WAY = 2  # segments on their way to the host: until they are there, they take device memory
+_STORES_UNDER_WAY = 2  # segments on their way to the host, which hold device memory until they arrive
 
 
 @functools.cache
 def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    """One for each way, the same at every step: PyTorch keeps freed memory for the stream that it was allocated on."""
+    """One stream for each direction, reused at every step, as PyTorch keeps freed memory for its stream."""
     return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 class Offloader:
-    """Moves tensors between a device and pinned host memory, each way on a stream of its own.
+    """Moves tensors between a CUDA device and pinned host memory, on one stream for each direction.
 
-    Without `offload`, and for a CPU, whose tensors are in host memory anyway, everything stays where it is.
+    Without `offload`, and on a CPU, everything stays where it is.
     """
 
     def __init__(self, device: torch.device, offload: bool):
@@ -30,13 +30,13 @@ class Offloader:
         self.stored = deque()
 
     def empty(self, shape, dtype: torch.dtype) -> torch.Tensor:
-        """Memory for what is to wait: on the host if it is moved there."""
+        """Memory for a checkpoint: on the host if checkpoints are offloaded."""
         if self.active:
             return pinned_memory.empty(shape, dtype)
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def store(self, target: torch.Tensor, source: torch.Tensor):
-        """Copies into memory from `empty`; `finish` must come before anybody reads it who does not `fetch` it."""
+        """Copies into memory from `empty`. Read it by `fetch`, or after `finish`."""
         if not self.active or target.is_cuda:
             target.copy_(source)
             return
@@ -47,14 +47,14 @@ class Offloader:
         source.record_stream(self.outward)
 
     def end_segment(self):
-        """Waits for the stores of earlier segments, which hold device memory until they are done."""
+        """Waits for the stores of all but the latest segments, which hold device memory until they are done."""
         if self.active:
             self.stored.append(self.outward.record_event())
             if len(self.stored) > _STORES_UNDER_WAY:
                 self.stored.popleft().synchronize()
 
     def fetch(self, source: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Begins to bring a tensor to the device; what it returns waits for it there."""
+        """Begins to copy a tensor to the device, and returns a function that waits for the copy."""
         if not self.active or source.is_cuda:
             moved = source.to(self.device)
             return lambda: moved
@@ -73,14 +73,14 @@ class Offloader:
         return wait
 
     def finish(self):
-        """Waits until all that was stored is there, and all that was fetched may be given up."""
+        """Waits for all copies."""
         if self.active:
             self.outward.synchronize()
             self.inward.synchronize()
             self.stored.clear()
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor in host memory, its gradient's way back included; itself if it is to stay."""
+        """Copies a tensor to host memory, differentiably; returns the tensor itself if nothing is offloaded."""
         return _ToHost.apply(self, tensor) if self.active and tensor.is_cuda else tensor
 
 
@@ -99,14 +99,14 @@ class _ToHost(torch.autograd.Function):
 
 
 class SegmentReader:
-    """A long tensor `(batch_size, tokens, ...)` a segment at a time; one in host memory is fetched a segment ahead."""
+    """Reads a tensor `(batch_size, sequence_length, ...)` segment by segment; from host memory, one segment ahead."""
 
     def __init__(self, tensor: torch.Tensor, segments: list[tuple[int, int]], copies: Offloader):
         self.tensor, self.segments, self.copies = tensor, segments, copies
         self.ahead = {}
 
     def take(self, segment: int, following: int | None = None) -> torch.Tensor:
-        """The rows of a segment on the device; those of the `following` one set out, unless there is none."""
+        """Returns a segment on the device, and begins to fetch the `following` one, if there is one."""
         wait = self.ahead.pop(segment, None) or self._fetch(segment)
         if following is not None and 0 <= following < len(self.segments) and following not in self.ahead:
             self.ahead[following] = self._fetch(following)

@@ -1,8 +1,8 @@
-"""The recurrent state of a prefix: all that a Mamba-2 layer remembers of what came before.
+"""The recurrent state of a prefix: all that a Mamba-2 layer remembers of the tokens before.
 
 A layer's state is a pair: the last `conv_kernel` inputs of its convolution, `(batch_size, conv_dim, conv_kernel)`, and
 the state of its scan, `(batch_size, num_heads, head_dim, state_size)`. Its size does not depend on the length of the
-prefix. Transformers keeps both in a `Cache`; the layers here do so without writing over what autograd still needs.
+prefix. Transformers keeps both in a `Cache`. The cache layers here do not overwrite tensors that autograd still needs.
 """
 
 import hashlib
@@ -26,17 +26,21 @@ _MAX_HEADER_BYTES = 2**24  # a thousand layers need less than half of a megabyte
 
 
 class LayerState(NamedTuple):
-    """What one layer remembers of a prefix; both None before the first token."""
+    """The recurrent state of one layer; both tensors are None before the first token."""
 
     conv: torch.Tensor | None = None
     recurrent: torch.Tensor | None = None
 
 
 class CarriedLayer(LinearAttentionLayer):
-    """One layer's state, replaced by each update where the stock layer overwrites it: gradients flow through a
-    sequence of forward calls, and what an earlier call saved for its backward stays as it was."""
+    """A cache layer that replaces its state at each update, where the stock layer overwrites it.
+
+    So gradients flow through a sequence of forward calls, and the tensors that an earlier call saved for its backward
+    stay unchanged.
+    """
 
     def update_conv_state(self, conv_states, state_idx=0, conv_kernel_size=None, **kwargs):
+        """Appends `(batch_size, conv_dim, tokens)` inputs of the convolution; returns them behind the old state."""
         if self.has_previous_state[state_idx]:
             conv_states = torch.cat([self.conv_states[state_idx], conv_states], dim=-1)
         kept = conv_states[..., -conv_kernel_size:]
@@ -45,6 +49,7 @@ class CarriedLayer(LinearAttentionLayer):
         return conv_states
 
     def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
+        """Replaces the state of the scan by `(batch_size, num_heads, head_dim, state_size)`, and returns it."""
         write_state(self, LayerState(self.conv_states[state_idx], recurrent_states))
         return recurrent_states
 
@@ -55,13 +60,14 @@ def carried_cache(num_layers: int) -> Cache:
 
 
 def cache_for(layer: nn.Module) -> Cache:
-    """An empty cache for one layer alone, whatever index the layer asks for: its `layers[-1]` is the only one."""
+    """An empty cache for a single layer, whatever its `layer_idx`; `layers[-1]` holds the state."""
     return Cache(layers=[CarriedLayer()] * (cache_index(layer) + 1))
 
 
 def cache_index(layer: nn.Module) -> int:
-    """Where in a model's cache a layer has its state. In a model that was pruned or had layers doubled, that need not
-    be the layer's place in the stack.
+    """The index of a layer's state in a model's cache.
+
+    If layers were pruned or doubled, it differs from the layer's place in the stack.
 
     Raises:
         ValueError: if the layer does not say.
@@ -70,14 +76,14 @@ def cache_index(layer: nn.Module) -> int:
         index = getattr(module, "layer_idx", None)
         if index is not None:
             return index
-    raise ValueError(f"{type(layer).__name__} has no layer_idx, which says where in a cache its state is.")
+    raise ValueError(f"{type(layer).__name__} has no layer_idx, the index of its state in a cache.")
 
 
 def cache_layers_of(cache: Cache, layers: Sequence[nn.Module]) -> list[LinearAttentionLayer]:
-    """The layers of a model's cache that hold the states of a stack of layers, in the order of the stack.
+    """The cache layers that hold the states of a stack of layers, in the order of the stack.
 
     Raises:
-        ValueError: if two layers have the same, or one has none.
+        ValueError: if two layers share a cache layer, or one has none.
     """
     indices = [cache_index(layer) for layer in layers]
     for place, index in enumerate(indices):
@@ -88,8 +94,8 @@ def cache_layers_of(cache: Cache, layers: Sequence[nn.Module]) -> list[LinearAtt
             )
         if index >= len(cache.layers):
             raise ValueError(
-                f"layers.{place} has its state under layer_idx {index} of a cache, and this one ends at "
-                f"{len(cache.layers) - 1}: number the blocks' mixers anew, or make a cache that is long enough."
+                f"layers.{place} keeps its state under layer_idx {index} of a cache, but this cache ends at "
+                f"{len(cache.layers) - 1}: renumber the blocks' mixers, or make a longer cache."
             )
     return [cache.layers[index] for index in indices]
 
@@ -125,16 +131,15 @@ def with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def empty_cache(num_layers: int) -> Cache:
-    """A cache through which nothing has gone yet, of Transformers' own layers, which overwrite their states."""
+    """An empty cache of Transformers' own layers, which overwrite their states."""
     return Cache(layers=[LinearAttentionLayer() for _ in range(num_layers)])
 
 
 def copy_cache(cache: Cache, rows: Sequence[int] | None = None) -> Cache:
-    """A copy that shares no memory with the original: whatever continues from it leaves the original as it was.
+    """Copies a cache, such that continuing from the copy leaves the original unchanged.
 
     Args:
-        rows: the samples that the copy is to hold, in this order; one may be taken any number of times. All, as they
-            are, unless given.
+        rows: the samples to copy, in this order, each any number of times; all of them by default.
     """
 
     def copy(tensor):
@@ -151,8 +156,7 @@ def copy_cache(cache: Cache, rows: Sequence[int] | None = None) -> Cache:
 
 
 def join_caches(caches: Sequence[Cache]) -> Cache:
-    """One cache whose samples are those of several, in order, through all or none of which something has gone; copied
-    like [`copy_cache`] does."""
+    """Copies the samples of several caches, in order, into one. The caches are all empty, or none is."""
     joined = empty_cache(len(caches[0].layers))
     for target, *layers in zip(joined.layers, *(cache.layers for cache in caches), strict=True):
         states = [read_state(layer) for layer in layers]
