@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from comparison import assert_same
 from double_precision import compute_in_double
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,7 +27,6 @@ from transformers_ma2mba.recurrent_state import LayerState, carried_cache, read_
 ORDERS = ["layer-major", "sequence-major"]
 LAYERS = 5
 WIDTH = 32
-EXACT = 1e-10  # relative, in float64
 
 
 @pytest.fixture(autouse=True)
@@ -94,16 +94,6 @@ def step(model, inputs, mask=None, with_state=False, input_gradient=True, seed=0
     results |= {f"initial state {index}": tensor.grad for index, tensor in enumerate(initial)}
     results |= {f"final state {index}": tensor.detach() for index, tensor in enumerate(final)}
     return results | {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-def assert_same(actual: dict, expected: dict, tolerance=EXACT):
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        if tensor is None:
-            assert actual[name] is None, name
-        else:
-            difference = (actual[name] - tensor).norm()
-            assert difference <= tolerance * tensor.norm().clamp(min=1e-30), (name, difference / tensor.norm())
 
 
 def left_padding(lengths, total):

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from comparison import assert_same
 from datasets_in_memory import RowsDataset
 from double_precision import compute_in_double
 from peft import LoraConfig, get_peft_model
@@ -49,12 +50,6 @@ def step(model, **inputs) -> dict:
     loss = model(**inputs).loss
     loss.backward()
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(actual, expected, tolerance=1e-10):
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert (actual[name] - tensor).norm() <= tolerance * tensor.norm(), name
 
 
 @pytest.mark.parametrize("tied", [True, False])

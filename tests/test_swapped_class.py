@@ -9,6 +9,7 @@ from types import MethodType
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from comparison import assert_same
 from double_precision import compute_in_double
 from tiny import ROOT, tiny_config, tiny_model, tiny_text_config
 from torch import nn
@@ -41,12 +42,6 @@ def gradients(model, **inputs) -> dict:
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
     return found
-
-
-def assert_same(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert (actual[name] - tensor).norm() <= 1e-10 * tensor.norm(), name
 
 
 @pytest.fixture
