@@ -1,4 +1,4 @@
-"""Draws docs/grid.svg, the two orders in which multi-axis gradient checkpointing walks its grid.
+"""Draws docs/grid.svg: multi-axis gradient checkpointing walks its grid of cells in two orders.
 
 python docs/grid.py
 """
@@ -17,9 +17,10 @@ HIDDEN, STATE, CELL, INK = "#2166ac", "#d6604d", "#fddbc7", "#333333"
 
 
 def draw(axes, title, row_major: bool):
+    """Draws one grid, with its borders, when the backward pass has reached the 7th cell."""
     for row in range(ROWS):
         for column in range(COLUMNS):
-            # The number says when backward comes to this cell.
+            # The number on a cell is its turn in the backward pass.
             if row_major:
                 turn = (ROWS - 1 - row) * COLUMNS + (COLUMNS - 1 - column)
             else:
@@ -30,7 +31,7 @@ def draw(axes, title, row_major: bool):
     for row in range(ROWS):
         if row_major or row == 0:
             axes.plot([0, COLUMNS], [row, row], color=HIDDEN, linewidth=3.5, solid_capstyle="butt", zorder=3)
-        else:  # only in the column at hand
+        else:  # restored for the current column only
             axes.plot([2, 3], [row, row], color=HIDDEN, linewidth=2, linestyle=(0, (2, 1.2)), zorder=3)
     for column in range(1, COLUMNS):
         axes.plot([column, column], [0, ROWS], color=STATE, linewidth=2.5, solid_capstyle="butt", zorder=2)
@@ -46,6 +47,7 @@ def draw(axes, title, row_major: bool):
 
 
 def main():
+    """Writes docs/grid.svg."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.7))
     draw(left, "layer-major: one row after another", row_major=True)
     draw(right, "sequence-major: one column after another", row_major=False)
