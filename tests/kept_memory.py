@@ -1,4 +1,4 @@
-"""What autograd keeps for backward, in bytes."""
+"""Memory that autograd keeps for backward, in bytes."""
 
 from contextlib import contextmanager
 
@@ -7,7 +7,7 @@ import torch
 
 @contextmanager
 def kept_beside(module):
-    """Collects the sizes of the storages that are kept within the context, the module's parameters apart."""
+    """Collect the sizes of the storages that autograd keeps within the context, except the module's parameters."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     sizes = {}
 

@@ -1,4 +1,4 @@
-"""The memory of a step, to the byte: what CPU tensors hold at most while it runs."""
+"""The exact peak memory of CPU tensors in a step."""
 
 import gc
 
@@ -6,12 +6,12 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(step) -> int:
-    """Calls a function, and returns the most bytes that tensors made by it held at a time.
+    """Call a function, and return the peak bytes of the tensors that it creates.
 
-    PyTorch's allocator reports each tensor's memory to the profiler as it comes and goes. What was there before does
-    not count, nor does it when it goes.
+    PyTorch's allocator reports each tensor's memory to the profiler when it is allocated and freed. Tensors from
+    before the call do not count, whether the function frees them or not.
     """
-    gc.collect()  # garbage that comes to be collected in the step would make it look smaller
+    gc.collect()  # garbage collected during the step would make its peak look smaller
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = profiler.profiler.kineto_results.events()

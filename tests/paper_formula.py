@@ -1,4 +1,4 @@
-"""The memory that the paper expects of MA-GC (§3.3 and Table 7), in elements."""
+"""The paper's formula for the memory of MA-GC (§3.3 and Table 7), in elements."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,12 @@ class PaperConstants(NamedTuple):
 
     C_L: int  # hidden states of one token
     C_S: int  # states of one layer at one border
-    C_grid: int  # one token in one layer of a cell that is being restored
+    C_grid: int  # one token in one layer of the restored cell
     C_state: int  # the running state of one layer
 
 
 def paper_constants(config) -> PaperConstants:
-    """The constants of the paper's formula, from a configuration's dimensions (paper §3.3 and Table 7).
+    """Compute the formula's constants from a configuration's dimensions (paper §3.3 and Table 7).
 
     C_L = D; C_S = H·P·N + (conv_kernel − 1)·conv_dim; C_grid = the width of `in_proj` + E; C_state = H·P·N + conv_dim.
     """
@@ -29,11 +29,12 @@ def paper_constants(config) -> PaperConstants:
 
 
 def paper_memory(config, sequence_length: int, layer_interval: int, sequence_interval: int) -> float:
-    """Elements that the paper's formula expects of layer-major MA-GC at batch size 1 (paper §3.3).
+    """Compute the elements of layer-major MA-GC at batch size 1 by the paper's formula (paper §3.3).
 
-    LS/l·C_L + LS/s·C_S + l·s·C_grid + C_state. The last term is printed as s·C_state. Read so, the formula's smallest
-    value for the 2.7B at 2^19 tokens is 24.0 GiB in bfloat16; the 17.4 GiB that go with the paper's other figures need
-    the running state counted once. (Once for each of a cell's layers would make it 17.5 GiB.)
+    The formula is LS/l·C_L + LS/s·C_S + l·s·C_grid + C_state. The paper prints the last term as s·C_state. The
+    smallest value for the 2.7B at 2^19 tokens would then be 24.0 GiB in bfloat16. The 17.4 GiB that agree with the
+    paper's other figures result from counting the running state once. (Counting it once per layer of a cell gives 17.5
+    GiB.)
     """
     C_L, C_S, C_grid, C_state = paper_constants(config)
     points = Mamba2Shape.of(config).num_hidden_layers * sequence_length

@@ -1,8 +1,10 @@
-"""The choice of MA-GC's intervals: budgets, offloading, limits, and a search of the whole grid."""
+"""The choice of MA-GC's order and intervals: budgets, offloading, limits, and a search of the whole grid."""
 
+import inspect
 import itertools
 import re
 import time
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -13,17 +15,15 @@ from transformers.models.mamba2 import modeling_mamba2
 
 from transformers_ma2mba.checkpoint_plan import (
     CheckpointPlan,
-    check_interval,
+    MultiAxisOptions,
     longest_sequence,
     plan_checkpoints,
     smallest_plan,
 )
 from transformers_ma2mba.configuration_ma2mba import Ma2mbaConfig
-from transformers_ma2mba.memory_model import (
-    TrainedSizes,
-    kept_bytes_per_token,
-)
+from transformers_ma2mba.memory_model import TrainedSizes, TrainingStep, kept_bytes_per_token
 from transformers_ma2mba.memory_size import format_memory_size
+from transformers_ma2mba.multi_axis_checkpointing import enable_multi_axis_checkpointing
 from transformers_ma2mba.shape import Mamba2Shape, indexable_tokens
 
 GiB = 2**30
@@ -34,30 +34,43 @@ def large():
     return Ma2mbaConfig.from_preset("3.1b")
 
 
-def test_a_stock_configuration_will_do(large):
+def smallest(config, sequence_length, offload=False, **step) -> CheckpointPlan:
+    return smallest_plan(config, TrainingStep(sequence_length, **step), MultiAxisOptions(offload=offload))
+
+
+def test_a_stock_configuration_gives_the_same_plan(large):
     assert paper_constants(large.text_config) == paper_constants(large)
     assert plan_checkpoints(large.text_config, 5000) == plan_checkpoints(large, 5000)
 
 
-def test_parameters_of_a_layer_are_counted_as_they_are():
+def test_gradient_sums_count_a_layer_s_parameters():
     for options in (dict(), dict(n_groups=2, use_bias=True, use_conv_bias=False)):
         config = tiny_text_config(**options)
         block = modeling_mamba2.Mamba2Block(config, layer_idx=0)
         cell = dict(layer_interval=1, sequence_interval=64, order="layer-major")
         plan = plan_checkpoints(config, 128, dtype="float32", **cell)
         assert plan.accumulator_bytes == 4 * sum(parameter.numel() for parameter in block.parameters())
-        # Of a single segment, they are the gradients themselves.
+        # The gradients from a single segment need no sum.
         assert plan_checkpoints(config, 64, dtype="float32", **cell).accumulator_bytes == 0
 
 
-def test_intervals_are_checked():
-    assert check_interval("layer_interval", "auto") == "auto"
-    assert check_interval("layer_interval", 7) == 7
-    for value in (0, -1, True, 1.5, "8", None):
-        with pytest.raises(
-            ValueError, match=re.escape('layer_interval must be "auto" or a whole number above 0; got')
-        ):
-            check_interval("layer_interval", value)
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, "8", None])
+@pytest.mark.parametrize("name", ["layer_interval", "sequence_interval"])
+def test_intervals_are_checked(name, value):
+    with pytest.raises(ValueError, match=f'{name} must be "auto" or a whole number above 0; got {value!r}'):
+        MultiAxisOptions(**{name: value})
+
+
+def test_defaults_agree_everywhere():
+    step, options = asdict(TrainingStep(1)), asdict(MultiAxisOptions())
+    step["parameter_dtype"] = None  # the dataclass fills it in
+    assert _defaults(plan_checkpoints) == {**options, **step, "sequence_length": inspect.Parameter.empty}
+    assert _defaults(enable_multi_axis_checkpointing) == options
+
+
+def _defaults(function) -> dict:
+    parameters = inspect.signature(function).parameters.items()
+    return {name: parameter.default for name, parameter in parameters if name not in ("config", "model")}
 
 
 @pytest.mark.parametrize(
@@ -86,8 +99,8 @@ def test_other_configurations_are_refused():
 
 @pytest.mark.parametrize("length", [1, 2, 8, 255, 256, 257, 1000, 4097, 2**19, 2**22])
 @pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
-def test_intervals_suit_model_and_sequence(large, length, offload):
-    for plan in (plan_checkpoints(large, length, offload=offload), smallest_plan(large, length, offload=offload)):
+def test_intervals_fit_the_model_and_the_sequence(large, length, offload):
+    for plan in (plan_checkpoints(large, length, offload=offload), smallest(large, length, offload)):
         assert 1 <= plan.layer_interval <= 64
         assert min(length, 256) <= plan.sequence_interval <= length
         assert plan.sequence_interval % 256 == 0 or plan.sequence_interval == length
@@ -111,7 +124,7 @@ def test_no_segment_is_a_single_token(large):
     assert plan_checkpoints(large, 1, sequence_interval=1).num_segments == 1
 
 
-def test_work_is_that_of_the_order(large):
+def test_extra_compute_depends_on_the_order(large):
     for order, layer_interval, passes in (("layer-major", 8, 1), ("sequence-major", 8, 2), ("sequence-major", 64, 1)):
         plan = plan_checkpoints(large, 9000, order=order, layer_interval=layer_interval)
         assert plan.extra_compute == pytest.approx(passes / 3)
@@ -119,12 +132,12 @@ def test_work_is_that_of_the_order(large):
 
 def test_memory_grows_less_than_the_sequence(large):
     for offload in (False, True):
-        sizes = [smallest_plan(large, 2**power, offload=offload).device_bytes for power in range(10, 23)]
+        sizes = [smallest(large, 2**power, offload).device_bytes for power in range(10, 23)]
         for shorter, longer in itertools.pairwise(sizes):
             assert shorter <= longer < 2 * shorter
 
 
-def test_memory_of_one_plan_grows_with_what_it_holds(large):
+def test_memory_grows_with_the_size_of_the_step(large):
     def size(**options):
         options = {"layer_interval": 8, "sequence_interval": 1024, "order": "layer-major", **options}
         return plan_checkpoints(large, options.pop("sequence_length", 2**15), **options).device_bytes
@@ -134,8 +147,8 @@ def test_memory_of_one_plan_grows_with_what_it_holds(large):
     assert size(parameter_dtype="bfloat16") == size() < size(dtype="float32")
     assert size() < size(accumulating=True)
     for offload in (False, True):
-        rows = 2**15 * 2560 * 2
-        assert size(offload=offload, whole_output=True) == size(offload=offload) + rows
+        output_gradients = 2**15 * 2560 * 2
+        assert size(offload=offload, whole_output=True) == size(offload=offload) + output_gradients
     assert size(device="cpu") < size()  # the scan works on fewer tokens at a time
 
 
@@ -175,7 +188,7 @@ def test_a_budget_gets_the_fastest_plan_that_fits(length, offload):
 
     plans = list(_all_plans(config, length, offload))
     sizes = sorted({plan.device_bytes for plan in plans})
-    assert smallest_plan(config, length, dtype="float32", offload=offload).device_bytes == sizes[0]
+    assert smallest(config, length, offload, dtype="float32").device_bytes == sizes[0]
     for budget in {sizes[0], sizes[len(sizes) // 4], sizes[len(sizes) // 2], sizes[-1]}:
         plan = plan_checkpoints(config, length, budget, dtype="float32", offload=offload)
         assert plan.device_bytes <= budget
@@ -187,31 +200,31 @@ def test_a_budget_gets_the_fastest_plan_that_fits(length, offload):
         plan_checkpoints(config, length, sizes[0] - 1, dtype="float32", offload=offload)
 
 
-def test_without_a_budget_memory_is_almost_the_smallest_of_the_fastest():
+def test_without_a_budget_the_plan_is_fast_and_almost_the_smallest():
     config = tiny_text_config(num_hidden_layers=6)
     plans = [plan for plan in _all_plans(config, 1500, False) if plan.extra_compute < 0.5]
     plans = [plan for plan in plans if plan.sequence_interval >= 256]
-    smallest = min(plan.device_bytes for plan in plans)
+    least = min(plan.device_bytes for plan in plans)
     plan = plan_checkpoints(config, 1500, dtype="float32")
     assert plan.extra_compute == pytest.approx(1 / 3)
-    assert plan.device_bytes <= 1.05 * smallest
+    assert plan.device_bytes <= 1.05 * least
     assert plan.sequence_interval >= 256
 
 
 def test_the_minimal_budget_gets_the_smallest_plan(large):
     for length in (5000, 2**17):
         plan = plan_checkpoints(large, length, "minimal")
-        assert plan == smallest_plan(large, length)
+        assert plan == smallest(large, length)
         assert plan.device_bytes <= plan_checkpoints(large, length).device_bytes
     offloaded = plan_checkpoints(large, 2**20, "minimal", offload=True)
     assert offloaded.host_bytes < 2 * plan_checkpoints(large, 2**20, "minimal").device_bytes
 
 
-def test_error_says_what_is_needed_and_what_helps(large):
+def test_the_error_names_the_needed_memory_and_the_changes_that_help(large):
     with pytest.raises(ValueError) as error:
         plan_checkpoints(large, 2**18, "12GiB")
-    needed = smallest_plan(large, 2**18).device_bytes
-    length = longest_sequence(large, "12GiB")
+    needed = smallest(large, 2**18).device_bytes
+    length = longest_sequence(large, TrainingStep(2**18), MultiAxisOptions(memory_budget="12GiB"))
     message = str(error.value)
     assert f"fits a memory budget of 12.0 GiB: the smallest needs {format_memory_size(needed)}." in message
     assert re.search(r"offload=True would fit, with 1\d\.\d GiB and [\d.]+ GiB of host memory\.", message)
@@ -227,7 +240,7 @@ def test_error_says_what_is_needed_and_what_helps(large):
         plan_checkpoints(large, 2**14, "20GiB", layer_interval=64, sequence_interval=2**14)
 
 
-def test_states_are_kept_at_fewer_borders_if_memory_is_scarce(large):
+def test_scarce_memory_keeps_states_at_fewer_borders(large):
     options = dict(order="layer-major", layer_interval=8, sequence_interval=1024)
     every = plan_checkpoints(large, 2**17, **options)
     few = plan_checkpoints(large, 2**17, "minimal", **options)
@@ -240,27 +253,27 @@ def test_states_are_kept_at_fewer_borders_if_memory_is_scarce(large):
     assert plan_checkpoints(large, 2**11, "minimal", **options).state_interval == 1  # a single border
 
 
-def test_of_token_ids_nothing_but_the_ids_is_kept(large):
+def test_token_ids_are_kept_instead_of_their_embeddings(large):
     options = dict(order="sequence-major", layer_interval=8, sequence_interval=1024)
     rows, ids = (plan_checkpoints(large, 2**17, from_ids=from_ids, **options) for from_ids in (False, True))
     assert rows.hidden_border_bytes == 2**17 * 2560 * 2
     assert ids.hidden_border_bytes == 2**17 * 8
     table = large.text_config.vocab_size * 2560
-    assert ids.accumulator_bytes - rows.accumulator_bytes == table * 4  # their sum, in float32 until it is complete
+    assert ids.accumulator_bytes - rows.accumulator_bytes == table * 4  # the sum is in float32
     options["dtype"] = "float32"
     wide = [plan_checkpoints(large, 2**17, from_ids=from_ids, **options) for from_ids in (False, True)]
-    assert wide[0].accumulator_bytes == wide[1].accumulator_bytes  # there the sum is the gradient
+    assert wide[0].accumulator_bytes == wide[1].accumulator_bytes  # the sum itself becomes the gradient
 
 
-def test_fused_kernels_keep_little_more_than_the_paper_counts(large):
-    fused, plain = (kept_bytes_per_token(large, fused=fused) for fused in (True, False))
+def test_fused_kernels_keep_little_more_than_the_paper_s_constant(large):
+    fused, plain = (kept_bytes_per_token(large, TrainingStep(1, fused=fused)) for fused in (True, False))
     assert 2 * paper_constants(large).C_grid < fused < 1.4 * 2 * paper_constants(large).C_grid < plain / 3
-    assert smallest_plan(large, 2**17, fused=True).device_bytes < smallest_plan(large, 2**17).device_bytes
+    assert smallest(large, 2**17, fused=True).device_bytes < smallest(large, 2**17).device_bytes
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 @pytest.mark.parametrize("preset", ["0.7b", "1.8b", "3.1b"])
-def test_no_piece_is_longer_than_kernels_can_index(preset, batch_size):
+def test_no_segment_is_longer_than_kernels_can_index(preset, batch_size):
     config = Ma2mbaConfig.from_preset(preset)
     text = config.text_config
     widest = 2 * text.expand * text.hidden_size + 2 * text.n_groups * text.state_size + text.num_heads  # of in_proj
@@ -275,7 +288,7 @@ def test_no_piece_is_longer_than_kernels_can_index(preset, batch_size):
 
 
 def test_plans_of_the_27b_at_half_a_million_tokens(large):
-    """What the plans promise with fused kernels; whether they keep it is for a GPU to show (`benchmarks/gpu.sh`)."""
+    """The plans' expected memory with fused kernels; `benchmarks/gpu.sh` measures it on a GPU."""
     options = dict(fused=True, from_ids=True)
     assert plan_checkpoints(large, 2**19, "14GB", **options).device_bytes <= 14e9
     offloaded = plan_checkpoints(large, 2**19, "3GB", offload=True, **options)
@@ -287,8 +300,11 @@ def test_plans_of_the_27b_at_half_a_million_tokens(large):
 
 
 def test_longest_sequence(large):
-    assert longest_sequence(large, "1MiB") == 0
-    assert longest_sequence(large, "20GiB", offload=True) is None  # sequence-major: it waits in host memory
+    options = MultiAxisOptions(memory_budget="1MiB")
+    assert longest_sequence(large, TrainingStep(1), options) == 0
+    # In sequence-major order with offload, all that grows with the length is in host memory.
+    options = replace(options, memory_budget="20GiB", offload=True)
+    assert longest_sequence(large, TrainingStep(1), options) is None
 
 
 def test_a_plan_prints_as_a_table(large):
@@ -305,7 +321,7 @@ def test_a_plan_prints_as_a_table(large):
     assert "hidden states kept (host)" in str(plan_checkpoints(large, 2**19, offload=True))
 
 
-def test_planning_takes_no_time(large):
+def test_planning_is_fast(large):
     plan_checkpoints(large, 1000)
     start = time.process_time()
     for length in range(2**21, 2**21 + 20):
@@ -313,24 +329,24 @@ def test_planning_takes_no_time(large):
     assert (time.process_time() - start) / 20 < 0.02
 
 
-def test_what_is_sharded_is_gathered_for_a_walk(large):
+def test_sharded_parameters_are_gathered_for_a_walk(large):
     layer = 2 * Mamba2Shape.of(large).layer_parameters
     options = dict(sequence_length=2**15, layer_interval=8, sequence_interval=2048)
     for order, layers in (("layer-major", 8), ("sequence-major", 64)):
         whole = plan_checkpoints(large, order=order, **options)
         sharded = plan_checkpoints(large, order=order, sharded=True, **options)
-        assert sharded.gathered_bytes == layers * 2 * layer  # weights, and their gradients until they are scattered
+        assert sharded.gathered_bytes == layers * 2 * layer  # weights and gradients
         assert sharded.device_bytes == whole.device_bytes + sharded.gathered_bytes
         assert "gathered weights and gradients" in str(sharded) and "gathered" not in str(whole)
     frozen = TrainedSizes(0, 0, False, 0, 0, False)
     plan = plan_checkpoints(large, sharded=True, trained=frozen, order="layer-major", **options)
     assert plan.gathered_bytes == 8 * layer
-    # To gather the whole stack takes more than the rows between its groups.
+    # Gathering all layers takes more memory than the hidden states between groups of layers.
     assert plan_checkpoints(large, 2**17, "minimal").order == "sequence-major"
     assert plan_checkpoints(large, 2**17, "minimal", sharded=True).order == "layer-major"
 
 
-def test_what_is_frozen_has_no_sums(large):
+def test_frozen_parameters_have_no_gradient_sums(large):
     options = dict(sequence_length=2**15, layer_interval=8, order="layer-major", from_ids=True, dtype="bfloat16")
     everything = plan_checkpoints(large, **options)
     frozen = plan_checkpoints(large, trained=TrainedSizes(0, 0, False, 0, 0, False), **options)

@@ -110,7 +110,7 @@ def test_processes_that_would_gather_in_different_orders_all_say_so(scheme, resu
         for message in messages:
             assert "must checkpoint each step alike" in message
     intervals, ways = results(f"{scheme}:differ")["messages"][1]
-    assert "(4, 8, None, False, 'auto')" in intervals and "takes the plain way" in ways
+    assert "layer_interval=4, sequence_interval=8" in intervals and "runs outside of the grid" in ways
 
 
 def test_deepspeed_must_find_the_model_checkpointed(results):

@@ -1,4 +1,4 @@
-"""The memory model of MA-GC against the paper's figures and a stock block."""
+"""The memory model of MA-GC, compared with the paper's figures and with a stock block."""
 
 import itertools
 
@@ -12,19 +12,10 @@ from transformers.models.mamba2 import modeling_mamba2
 
 from transformers_ma2mba.configuration_ma2mba import Ma2mbaConfig
 from transformers_ma2mba.kernel_choice import hold
-from transformers_ma2mba.memory_model import (
-    TrainedSizes,
-    kept_bytes_per_token,
-    trained_sizes,
-)
+from transformers_ma2mba.memory_model import TrainedSizes, TrainingStep, kept_bytes_per_token, trained_sizes
 from transformers_ma2mba.recurrent_state import carried_cache, read_state, write_state
 
 GiB = 2**30
-
-
-@pytest.fixture(scope="module")
-def large():
-    return Ma2mbaConfig.from_preset("3.1b")
 
 
 @pytest.mark.parametrize(
@@ -35,11 +26,12 @@ def large():
         ("3.1b", (2560, 671_488, 15_696, 660_736)),
     ],
 )
-def test_constants_are_those_of_table_7(preset, constants):
+def test_constants_match_table_7(preset, constants):
     assert paper_constants(Ma2mbaConfig.from_preset(preset)) == constants
 
 
-def test_formula_gives_the_figure_of_the_paper(large):
+def test_formula_gives_the_paper_s_figure():
+    large = Ma2mbaConfig.from_preset("3.1b")
     intervals = itertools.product(range(1, 65), range(256, 2**14, 256))
     layer_interval, sequence_interval = min(intervals, key=lambda cell: paper_memory(large, 2**19, *cell))
     elements = paper_memory(large, 2**19, layer_interval, sequence_interval)
@@ -51,14 +43,14 @@ def test_formula_gives_the_figure_of_the_paper(large):
 @pytest.mark.parametrize("n_groups", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("trained", ["everything", "adapters", "nothing"])
-def test_a_stock_block_keeps_what_the_formula_says(trained, dtype, n_groups, residual_in_fp32):
+def test_a_stock_block_keeps_the_modelled_bytes(trained, dtype, n_groups, residual_in_fp32):
     tokens = 1024
     config = tiny_text_config(
         hidden_size=96, head_dim=24, num_heads=8, n_groups=n_groups, residual_in_fp32=residual_in_fp32
     )
     block = modeling_mamba2.Mamba2Block(config, layer_idx=0).to(dtype).train()
     block.requires_grad_(trained == "everything")
-    if trained == "adapters":  # in float32, whatever the weights are
+    if trained == "adapters":  # in float32, whatever the weights' type
         inject_adapter_in_model(LoraConfig(r=1, target_modules=["in_proj", "out_proj"]), torch.nn.ModuleList([block]))
     sizes = trained_sizes([block])
     hold(block)
@@ -73,12 +65,11 @@ def test_a_stock_block_keeps_what_the_formula_says(trained, dtype, n_groups, res
     with kept_beside(block) as kept:
         output = block(hidden_states, cache_params=cache, ssd_scan=True)
     assert output.dtype == row_dtype
-    assert sum(kept.values()) == pytest.approx(
-        tokens * kept_bytes_per_token(config, dtype, trained=sizes, device="cpu"), rel=0.015
-    )
+    step = TrainingStep(tokens, dtype=dtype, trained=sizes, device="cpu")
+    assert sum(kept.values()) == pytest.approx(tokens * kept_bytes_per_token(config, step), rel=0.015)
 
 
-def test_what_is_trained_is_read_off_a_model():
+def test_trained_sizes_follow_requires_grad():
     config = tiny_text_config()
     embeddings = torch.nn.Embedding(10, config.hidden_size)
     for dtype in (torch.float32, torch.bfloat16):
@@ -90,7 +81,7 @@ def test_what_is_trained_is_read_off_a_model():
     in_proj.requires_grad_(True)
     few = trained_sizes(layers[1:], embeddings.requires_grad_(False))
     assert few == TrainedSizes(in_proj.nbytes, in_proj.nbytes, False, 2, 0, False)
-    # Of the first layer all else is trained, which is less.
+    # The first layer's other parameters are trained, but they take less than the second layer's `in_proj`.
     assert trained_sizes(layers) == TrainedSizes(in_proj.nbytes, in_proj.nbytes, True, 2, 2, False)
     in_proj.requires_grad_(False)
     assert trained_sizes(layers[1:]) == TrainedSizes(0, 0, False, 0, 0, False)

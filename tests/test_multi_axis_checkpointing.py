@@ -1,7 +1,8 @@
-"""MA-GC as its users reach it: `gradient_checkpointing_enable`, Trainer, PEFT, stock models; and what it refuses."""
+"""MA-GC through its entry points: `gradient_checkpointing_enable`, Trainer, PEFT and stock models; and its errors."""
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ from transformers import (
 )
 
 from transformers_ma2mba import Ma2mbaForVideoQA, enable_multi_axis_checkpointing, multi_axis_checkpointing
-from transformers_ma2mba.checkpoint_plan import smallest_plan
+from transformers_ma2mba.checkpoint_plan import MultiAxisOptions, smallest_plan
+from transformers_ma2mba.memory_model import TrainingStep
 from transformers_ma2mba.multi_axis_checkpointing import (
     checkpointing_options,
     disable_multi_axis_checkpointing,
@@ -41,7 +43,7 @@ def qa_model():
 
 
 def video_batch(model, frames=(3, 2), answer_length=4, text_length=6) -> dict:
-    """One video a sample, then a question, then an answer to learn; padded on the left."""
+    """Samples of one video, a question and a supervised answer, padded on the left."""
     torch.manual_seed(0)
     config = model.config
     rows = []
@@ -76,12 +78,12 @@ def gradients(model, batch) -> dict:
 def assert_same(actual, expected, tolerance=1e-10):
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        # Some gradients are zero but for rounding, such as that of the bias of an attention's keys.
+        # Some gradients are zero except for rounding, such as that of the bias of an attention's keys.
         assert (actual[name] - tensor).norm() <= tolerance * tensor.norm().clamp(min=1e-4), name
 
 
 @pytest.mark.parametrize("order", ["layer-major", "sequence-major"])
-def test_video_and_text_gradients_are_those_of_the_plain_run(qa_model, order, monkeypatch):
+def test_video_and_text_gradients_equal_the_plain_run(qa_model, order, monkeypatch):
     compute_in_double(monkeypatch)
     qa_model.double()
     batch = video_batch(qa_model)
@@ -93,7 +95,7 @@ def test_video_and_text_gradients_are_those_of_the_plain_run(qa_model, order, mo
     assert_same(gradients(qa_model, batch), expected, tolerance=0)
 
 
-def test_the_vision_encoder_is_restored_a_few_frames_at_a_time(qa_model):
+def test_the_vision_encoder_is_restored_in_pieces_of_frames(qa_model):
     batch = video_batch(qa_model, frames=(7,))
     encoded = []
     qa_model.model.vision_tower.register_forward_pre_hook(lambda module, args: encoded.append(len(args[0])))
@@ -104,7 +106,7 @@ def test_the_vision_encoder_is_restored_a_few_frames_at_a_time(qa_model):
     assert sorted(encoded[3:]) == [1, 3, 3]
 
 
-def test_the_vision_encoder_keeps_nothing_but_pixels(qa_model):
+def test_the_vision_encoder_keeps_only_pixels(qa_model):
     qa_model.gradient_checkpointing_enable(SMALL_CELLS)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -113,7 +115,7 @@ def test_the_vision_encoder_keeps_nothing_but_pixels(qa_model):
     assert all(tensor.numel() <= 6 * 4 * 32 for tensor in kept if tensor.dtype != torch.uint8)
 
 
-def test_only_in_training_with_gradients(qa_model):
+def test_checkpointing_applies_only_in_training_with_gradients(qa_model):
     batch = video_batch(qa_model)
     expected = qa_model.eval()(**batch)
     qa_model.gradient_checkpointing_enable(SMALL_CELLS)
@@ -125,7 +127,7 @@ def test_only_in_training_with_gradients(qa_model):
     assert torch.equal(qa_model.eval().generate(**inputs), plain.generate(**inputs))
 
 
-def test_hidden_states_of_all_layers_come_the_plain_way(qa_model):
+def test_output_hidden_states_runs_without_checkpointing(qa_model):
     batch = video_batch(qa_model)
     expected = qa_model(**batch, output_hidden_states=True)
     qa_model.gradient_checkpointing_enable(SMALL_CELLS)
@@ -143,14 +145,14 @@ def test_use_cache_in_training_returns_the_final_state(qa_model):
     for layer, other in zip(actual.layers, expected.layers, strict=True):
         assert_close(layer.conv_states[0], other.conv_states[0])
         assert_close(layer.recurrent_states[0], other.recurrent_states[0])
-    # It is an ordinary cache: text may go on from it.
+    # The state is an ordinary cache, from which the text can continue.
     step = dict(input_ids=batch["input_ids"][:, -1:], use_cache=True)
     with torch.no_grad():
         actual, expected = (qa_model.eval()(**step, cache_params=cache).logits for cache in (actual, expected))
     assert_close(actual, expected)
 
 
-def test_both_spellings_and_no_deprecation_of_ours(qa_model):
+def test_both_spellings_enable_and_disable(qa_model):
     for enable, disable in [
         (qa_model.gradient_checkpointing_enable, qa_model.gradient_checkpointing_disable),
         (qa_model.activation_checkpointing_enable, qa_model.activation_checkpointing_disable),
@@ -166,7 +168,7 @@ def test_both_spellings_and_no_deprecation_of_ours(qa_model):
     assert "forward" not in vars(qa_model.model.language_model)
 
 
-def test_a_plan_for_each_length(qa_model):
+def test_each_length_gets_one_plan(qa_model):
     qa_model.gradient_checkpointing_enable()
     settings = qa_model.model.language_model._multi_axis_checkpointing
     for frames in [(3, 2), (2, 2), (3, 2)]:
@@ -193,7 +195,7 @@ def test_a_plan_for_each_length(qa_model):
     ],
     ids=str,
 )
-def test_kwargs_that_make_no_sense(qa_model, kwargs, message):
+def test_bad_kwargs_are_refused(qa_model, kwargs, message):
     with pytest.raises(ValueError, match=message):
         qa_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     assert not qa_model.is_activation_checkpointing
@@ -201,20 +203,20 @@ def test_kwargs_that_make_no_sense(qa_model, kwargs, message):
         qa_model.activation_checkpointing_enable(every_n_layers=3)
 
 
-def test_offload_as_argument_and_as_key():
+def test_offload_is_an_argument_or_a_key():
     assert checkpointing_options(None, offload=True)["offload"] is True
     assert checkpointing_options({"offload": True})["offload"] is True
     assert checkpointing_options({"use_reentrant": False}) == {"offload": False}
 
 
-def test_a_budget_that_nothing_fits_is_refused_with_what_would(qa_model):
+def test_a_budget_that_no_plan_fits_is_refused(qa_model):
     qa_model.gradient_checkpointing_enable({"memory_budget": "1KB"})
     with pytest.raises(ValueError, match="smallest needs"):
         qa_model(**video_batch(qa_model))
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_a_stock_causal_lm(offload, monkeypatch):
+def test_gradients_of_a_stock_causal_lm_equal_the_plain_run(offload, monkeypatch):
     compute_in_double(monkeypatch)
     torch.manual_seed(0)
     plain = Mamba2ForCausalLM(tiny_text_config(num_hidden_layers=3)).double().train()
@@ -229,7 +231,7 @@ def test_a_stock_causal_lm(offload, monkeypatch):
     assert_same(gradients(model, batch), gradients(plain, batch), tolerance=0)
 
 
-def test_what_a_stock_model_is_asked_wrongly():
+def test_bad_inputs_of_a_stock_model_are_refused():
     model = enable_multi_axis_checkpointing(Mamba2Model(tiny_text_config()).train())
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()
@@ -237,7 +239,7 @@ def test_what_a_stock_model_is_asked_wrongly():
         model(torch.zeros(1, 8, dtype=torch.long), seq_idx=torch.zeros(1, 8, dtype=torch.int))
 
 
-def test_a_model_saved_and_copied(qa_model, tmp_path):
+def test_a_checkpointed_model_is_saved_and_copied(qa_model, tmp_path):
     qa_model.gradient_checkpointing_enable(SMALL_CELLS)
     batch = video_batch(qa_model)
     expected = gradients(qa_model, batch)
@@ -264,7 +266,8 @@ def test_models_whose_passes_start_from_an_empty_state_are_refused(family):
     model = STATELESS[family]().eval()
     with pytest.raises(ValueError, match=f"'{family}' layers start every pass of more than one token from an empty"):
         enable_multi_axis_checkpointing(model)
-    # And so it is: the second piece does not know the first. Once it does, this test asks for its support.
+    # The second segment does not see the first. If this ever fails, Transformers carries the state, and MA-GC could
+    # support the family.
     trunk = model.backbone if family == "mamba" else model
     with torch.no_grad():
         for parameter in trunk.layers.parameters():
@@ -301,8 +304,8 @@ def trained(model, output_dir, rows, max_steps=50, **options) -> dict:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def test_fifty_trainer_steps_give_the_weights_of_the_unchecked_run(qa_model, tmp_path, monkeypatch):
-    """In float64: in float32, fifty steps of Adam would blow the rounding up, of which there is some either way."""
+def test_fifty_trainer_steps_give_the_plain_run_s_weights(qa_model, tmp_path, monkeypatch):
+    """The run is in float64, because fifty steps of Adam in float32 would amplify the rounding differences."""
     compute_in_double(monkeypatch)
     qa_model.double()
     rows = RowsDataset([video_batch(qa_model, frames=(count,)) for count in (3, 3, 3, 3)])
@@ -323,13 +326,12 @@ def test_fifty_trainer_steps_give_the_weights_of_the_unchecked_run(qa_model, tmp
 
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
-def test_training_arguments_in_both_spellings(qa_model, tmp_path, name, recwarn):
+def test_training_arguments_work_in_both_spellings(qa_model, tmp_path, name, recwarn):
     rows = RowsDataset([video_batch(qa_model, frames=(3,))])
     kwargs = {**SMALL_CELLS, "offload": True, "memory_budget": "1GiB"}
     trained(qa_model, tmp_path, rows, max_steps=1, **{name: True, f"{name}_kwargs": kwargs})
-    settings = qa_model.model.language_model._multi_axis_checkpointing
-    assert (settings.layer_interval, settings.sequence_interval) == (2, 8)
-    assert settings.offload and settings.memory_budget == "1GiB"
+    options = qa_model.model.language_model._multi_axis_checkpointing.options
+    assert options == MultiAxisOptions(**kwargs) and options.layer_interval == 2
     assert not [warning for warning in recwarn if "transformers_ma2mba" in str(warning.filename)]
 
 
@@ -339,7 +341,7 @@ def lora(model):
     return get_peft_model(model, config)
 
 
-def test_reached_from_a_peft_model(qa_model, monkeypatch):
+def test_a_peft_model_is_checkpointed(qa_model, monkeypatch):
     compute_in_double(monkeypatch)
     model = lora(qa_model.double())
     batch = video_batch(qa_model)
@@ -350,7 +352,7 @@ def test_reached_from_a_peft_model(qa_model, monkeypatch):
     assert_same(gradients(model, batch), expected)
 
 
-def test_an_adapter_on_a_model_that_is_checkpointed_already(qa_model, monkeypatch):
+def test_an_adapter_joins_a_checkpointed_model(qa_model, monkeypatch):
     compute_in_double(monkeypatch)
     qa_model.double()
     batch = video_batch(qa_model)
@@ -363,20 +365,21 @@ def test_an_adapter_on_a_model_that_is_checkpointed_already(qa_model, monkeypatc
     assert_same(actual, expected)
 
 
-def test_reached_from_prepare_model_for_kbit_training(qa_model):
-    qa_model.is_loaded_in_4bit = True  # as bitsandbytes says of a model that it has loaded
+def test_prepare_model_for_kbit_training_enables_checkpointing(qa_model):
+    qa_model.is_loaded_in_4bit = True  # bitsandbytes sets this on the models that it loads
     model = prepare_model_for_kbit_training(qa_model, gradient_checkpointing_kwargs=dict(SMALL_CELLS))
     assert is_multi_axis_checkpointed(model)
-    assert model.model.language_model._multi_axis_checkpointing.layer_interval == 2
+    assert model.model.language_model._multi_axis_checkpointing.options.layer_interval == 2
     assert gradients(lora(model), video_batch(qa_model))
 
 
-def test_without_a_budget_a_plan_takes_no_more_than_is_free(monkeypatch):
+def test_without_a_budget_a_plan_fits_the_free_memory(monkeypatch):
     model = enable_multi_axis_checkpointing(Mamba2Model(tiny_text_config(num_hidden_layers=8)))
     settings = model._multi_axis_checkpointing
     ids = torch.zeros(1, 5000, dtype=torch.long)
     usual = settings.plan(model, ids)
-    smallest = smallest_plan(model.config, 5000, dtype=torch.float32, from_ids=True, whole_output=True, device="cpu")
+    step = TrainingStep(5000, dtype=torch.float32, from_ids=True, whole_output=True, device="cpu")
+    smallest = smallest_plan(model.config, step, MultiAxisOptions())
     assert smallest.device_bytes < 0.6 * usual.device_bytes
     for free, expected in [(None, usual), (usual.device_bytes, usual), (1, smallest)]:
         monkeypatch.setattr(multi_axis_checkpointing, "_free_bytes", lambda model, free=free: free)
@@ -384,5 +387,6 @@ def test_without_a_budget_a_plan_takes_no_more_than_is_free(monkeypatch):
     free = (usual.device_bytes + smallest.device_bytes) // 2
     monkeypatch.setattr(multi_axis_checkpointing, "_free_bytes", lambda model: free)
     assert smallest.device_bytes < settings.plan(model, ids).device_bytes <= free
-    settings.memory_budget = usual.device_bytes  # who names a budget gets it
+    # A budget from the user applies whatever is free.
+    settings.options = replace(settings.options, memory_budget=usual.device_bytes)
     assert settings.plan(model, ids) == usual

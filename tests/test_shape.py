@@ -1,4 +1,4 @@
-"""How sequences are cut."""
+"""The cutting of sequences into segments."""
 
 import itertools
 
@@ -20,8 +20,8 @@ def test_segments_cover_the_sequence_and_none_is_a_single_token(length, interval
     assert max(sizes) <= max(interval, 2) + 1
 
 
-def test_segments_are_shorter_than_those_that_crashed():
-    """mamba-ssm's kernels were seen to fail past about 203,000, 252,000 and 490,000 tokens."""
+def test_segments_are_shorter_than_the_kernels_limits():
+    """mamba-ssm's kernels failed in trials past about 203,000, 252,000 and 490,000 tokens."""
     assert 150_000 < indexable_tokens(Ma2mbaConfig.from_preset("3.1b"), 1) < 203_000
     assert indexable_tokens(Ma2mbaConfig.from_preset("1.8b"), 1) < 252_000
     assert indexable_tokens(Ma2mbaConfig.from_preset("0.7b"), 1) < 490_000

@@ -1,12 +1,10 @@
-"""The memory of MA-GC (paper §3.2 and §3.3), in bytes: of a layer, and of a plan on the device and on the host.
-
-Symbols: S sequence length, B batch size, L layers, D width, E inner width, H heads, P head dimension, N state size;
-l layers and s tokens of a cell; G groups of layers, n segments; e bytes of an element, r bytes of an element of a row.
-"""
+"""Memory of multi-axis gradient checkpointing (MA-GC, paper §3.2 and §3.3), in bytes: of a layer and of a plan."""
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,18 +13,16 @@ from torch import nn
 from .shape import Mamba2Shape, indexable_tokens, segments_of
 from .ssd_scan import NUMBERS_PER_SPAN, TILE, TILES_PER_SPAN
 
-_ITEMSIZES = ("in_proj_itemsize", "out_proj_itemsize")
-
 
 class TrainedSizes(NamedTuple):
-    """What of a model is trained, as far as memory depends on it.
+    """Sizes of the trained parameters, as far as memory depends on them.
 
     Attributes:
         layer_bytes: gradients of the layer that has the most of them.
-        half_bytes: as much of it as is in half precision.
+        half_bytes: gradients in half precision of the layer that has the most of these.
         norms: whether weights of the layers' norms are trained.
-        in_proj_itemsize, out_proj_itemsize: bytes of a number of what is kept of these projections' inputs, for
-            gradients of their weights or of adapters; 0 if these are frozen.
+        in_proj_itemsize, out_proj_itemsize: bytes of an element of the input that autograd keeps for the gradients of
+            the projection's weights or adapters; 0 if the projection is frozen.
         embeddings: whether the embeddings are trained.
     """
 
@@ -39,21 +35,22 @@ class TrainedSizes(NamedTuple):
 
     @classmethod
     def everything(cls, config, dtype: torch.dtype, parameter_dtype: torch.dtype) -> "TrainedSizes":
-        """For a model all of which is trained, in `parameter_dtype`, with activations in `dtype`."""
+        """Sizes of a model whose parameters, in `parameter_dtype`, are all trained, with activations in `dtype`."""
         layer_bytes = Mamba2Shape.of(config).layer_parameters * parameter_dtype.itemsize
         half_bytes = layer_bytes * (parameter_dtype.itemsize < 4)
         return cls(layer_bytes, half_bytes, True, dtype.itemsize, dtype.itemsize, embeddings=True)
 
 
 def trained_sizes(layers: Sequence[nn.Module], embeddings: nn.Module | None = None) -> TrainedSizes:
-    """What `requires_grad` says of stock layers, adapters in them included, and of embeddings."""
+    """Read the sizes off `requires_grad` of stock layers, including adapters in them, and of the embeddings."""
     trained = [
         [(name, parameter) for name, parameter in layer.named_parameters() if parameter.requires_grad]
         for layer in layers
     ]
 
-    def largest(parameters_of):
-        return max((sum(parameter.nbytes for parameter in parameters_of(layer)) for layer in trained), default=0)
+    def largest(below):
+        sizes = (sum(p.nbytes for _, p in layer if p.dtype.itemsize < below) for layer in trained)
+        return max(sizes, default=0)
 
     every = [named for layer in trained for named in layer]
 
@@ -61,8 +58,8 @@ def trained_sizes(layers: Sequence[nn.Module], embeddings: nn.Module | None = No
         return max((parameter.dtype.itemsize for name, parameter in every if projection in name.split(".")), default=0)
 
     return TrainedSizes(
-        layer_bytes=largest(lambda layer: [parameter for _, parameter in layer]),
-        half_bytes=largest(lambda layer: [parameter for _, parameter in layer if parameter.dtype.itemsize < 4]),
+        layer_bytes=largest(below=math.inf),
+        half_bytes=largest(below=4),
         norms=any("norm" in name.split(".") for name, _ in every),
         in_proj_itemsize=itemsize("in_proj"),
         out_proj_itemsize=itemsize("out_proj"),
@@ -70,276 +67,390 @@ def trained_sizes(layers: Sequence[nn.Module], embeddings: nn.Module | None = No
     )
 
 
-def kept_bytes_per_token(
-    config,
-    dtype: torch.dtype | str = torch.bfloat16,
-    fused: bool = False,
-    trained: TrainedSizes | None = None,
-    device: torch.device | str = "cuda",
-) -> int:
-    """Bytes that autograd keeps of one token in one stock `Mamba2Block`, run by plain PyTorch with `ssd_scan`.
-
-    Read off transformers' `modeling_mamba2.py`, in the order of its operations, and held to it by a test:
-
-    - the norm: its input in float32, the normalised row and what the weight makes of it, a float32 scale;
-    - `in_proj`'s output, if it is float32 itself: then the gate is a view of it;
-    - the convolution's input (joined to the carried tail, so a copy), its output, and that after SiLU, which holds the
-      scan's x, B and C;
-    - the scan: the time step before and after softplus and after its limit, and a state every few hundred tokens;
-    - the gated norm: the scan's output, the gate (a copy unless it is float32 already), SiLU of it and the product,
-      all in float32, a scale for each group; the normalised product in the scan's type, and `out_proj`'s input.
-
-    The residual adds nothing: a sum keeps neither of its terms. It is several times the paper's C_grid. Frozen weights
-    keep no inputs: neither the normalised rows, nor what goes into the projections.
-
-    With `fused`, mamba-ssm's kernels run the block (`fused_layer.py`), and keep what C_grid counts, `in_proj`'s output
-    and the scan's; the norm's input and output, and a float32 scale for each norm, come on top.
-    """
-    shape, dtype = Mamba2Shape.of(config), floating_dtype("dtype", dtype)
-    e, wide = dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
-    if fused:
-        return e * (2 * shape.width + shape.projected + shape.inner) + 4 * (1 + shape.n_groups)
-    trained = trained or TrainedSizes.everything(config, dtype, dtype)
-    norm = shape.width * (4 + e * trained.norms + trained.in_proj_itemsize) + 4
-    convolution = 3 * e * shape.conv_dim
-    scan = 3 * wide * shape.num_heads + wide * shape.recurrent // _span_tokens(device)
-    return norm + convolution + scan + _gated_norm_bytes_per_token(shape, dtype, trained)
-
-
-def _gated_norm_bytes_per_token(shape: Mamba2Shape, dtype: torch.dtype, trained: TrainedSizes) -> int:
-    """What the scan's gradient need not wait for: the gated norm's part of the above, and the gate's."""
-    wide = torch.promote_types(dtype, torch.float32).itemsize
-    gate = dtype.itemsize * shape.projected if dtype == torch.float32 else 4 * shape.inner
-    rows = wide + 2 * 4 + wide * trained.norms + trained.out_proj_itemsize
-    return gate + rows * shape.inner + 4 * shape.n_groups
-
-
-def _span_tokens(device: torch.device | str) -> int:
-    return TILE[_kind(device)] * TILES_PER_SPAN
-
-
-def _kind(device: torch.device | str) -> str:
-    return "cpu" if torch.device(device).type == "cpu" else "other"
-
-
-def _working_bytes_per_token(shape: Mamba2Shape, dtype: torch.dtype, trained: TrainedSizes) -> tuple[int, int]:
-    """Bytes of one token beyond those that one layer keeps, at two moments of its backward; less than none, if by then
-    more has been given up.
-
-    - In the gated norm: four float32 rows, in place of `out_proj`'s input and the normalised product.
-    - In the scan: gradients of its output, of the gate, of x, B and C and of the time step, in place of what the gated
-      norm has kept.
-    """
-    e, wide = dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
-    norm = (4 * 4 - trained.out_proj_itemsize - wide * trained.norms) * shape.inner
-    gradients = (wide + e) * shape.inner + e * shape.conv_dim + 2 * wide * shape.num_heads
-    return norm, gradients - _gated_norm_bytes_per_token(shape, dtype, trained)
-
-
-def _fused_working_bytes_per_token(shape: Mamba2Shape, itemsize: int) -> int:
-    """The same with the fused kernels: gradients of `in_proj`'s output and the convolution's, the convolution computed
-    again, three rows as wide as x, and in float32 each chunk's states, their gradients and the products of B and C."""
-    rows = itemsize * (shape.projected + 2 * shape.conv_dim + 3 * shape.inner)
-    per_chunk = 4 * (3 * shape.recurrent + 2 * shape.n_groups * shape.chunk_size**2)
-    return rows + math.ceil(per_chunk / shape.chunk_size) + 4 * 6 * shape.num_heads
-
-
-def _scan_working_bytes(sizes: "MemorySizes", batch_size: int, tokens):
-    """What `ssd_scan`'s backward works with, for a piece of so many tokens of each sample.
-
-    It goes span by span, from the last. Of each token it takes three rows as wide as x, and B, C and their gradients;
-    then, within a tile, three matrices of tokens times tile for each head; then, from tile to tile, four rows more and
-    three states of each tile. These last ones are still there when the span before begins.
-    """
-    shape, tile = sizes.shape, TILE[sizes.kind]
-    longest = tile * TILES_PER_SPAN
-    span = np.minimum(tokens, longest)
-    rows = NUMBERS_PER_SPAN[sizes.kind] // (shape.num_heads * max(shape.head_dim, tile) * span)
-    rows = np.clip(rows, 1, batch_size)
-    behind = np.clip(tokens - tokens % tile - span, 0, longest)
-    # If it is all one span, with no tokens left over, that of the rows before is still there.
-    behind = np.where((tokens <= longest) & (tokens % tile == 0) & (2 * rows <= batch_size), span, behind)
-    inputs = 3 * shape.inner + shape.n_groups * (4 * shape.state_size + tile)
-    within = 3 * tile * shape.num_heads
-    across = 4 * shape.inner + 3 * shape.recurrent // tile
-    return sizes.scan_itemsize * rows * (span * inputs + np.maximum(span * within + behind * across, span * across))
-
-
-class MemorySizes(NamedTuple):
-    """Bytes of the things that a plan counts, for one sample."""
-
-    shape: Mamba2Shape
-    kind: str  # of device: "cpu" or "other"
-    indexable: int  # tokens that kernels can tell apart
-    embedding: int  # one token of the first row
-    embedding_gradient: int  # one token of its gradient
-    row: int  # one token of a row between blocks
-    output: int  # one token of the last row's gradient, if that has all tokens
-    state: int  # one layer's state at a border
-    kept: int  # one token in one layer
-    first: tuple[int, int]  # of the first segment: what is kept more of it, and how much more its scan works with
-    norm_working: int  # one token in the layer that runs, beyond what is kept: in its gated norm,
-    working: int  # or in its scan,
-    scan_itemsize: int  # where numbers have so many bytes; 0 if kernels run it
-    cast: int  # one layer's weights as autocast makes them
-    gathered: int  # one layer's weights and their gradients, if they are sharded over processes
-    fresh_gradient: int  # one layer's parameter gradients as they come
-    gradient_rest: int  # what their sum has in memory of its own
-    accumulating: bool  # whether there are gradients already that the sums are added to
-    embedding_rest: int  # the same for embeddings that are looked up in the grid
-
-    @classmethod
-    def of(
-        cls,
-        config,
-        dtype: torch.dtype | str = torch.bfloat16,
-        parameter_dtype: torch.dtype | str | None = None,
-        fused: bool = False,
-        from_ids: bool = False,
-        batch_size: int = 1,
-        *,
-        trained: TrainedSizes | None = None,
-        whole_output: bool = False,
-        accumulating: bool = False,
-        sharded: bool = False,
-        device: torch.device | str = "cuda",
-    ) -> "MemorySizes":
-        shape = Mamba2Shape.of(config)
-        dtype = floating_dtype("dtype", dtype)
-        parameter_dtype = dtype if parameter_dtype is None else floating_dtype("parameter_dtype", parameter_dtype)
-        trained = trained or TrainedSizes.everything(config, dtype, parameter_dtype)
-        autocast = parameter_dtype.itemsize > dtype.itemsize
-        if autocast:  # it makes inputs of the type that they are to be multiplied in, whatever the weights are
-            kept = {name: min(getattr(trained, name), dtype.itemsize) for name in _ITEMSIZES}
-            trained = trained._replace(**kept)
-        wide = torch.promote_types(dtype, torch.float32)
-        if fused:
-            norm_working = working = _fused_working_bytes_per_token(shape, dtype.itemsize)
-        else:
-            norm_working, working = _working_bytes_per_token(shape, dtype, trained)
-        number, half = parameter_dtype.itemsize, parameter_dtype.itemsize < 4
-        summed = (4 * half + number * accumulating) * trained.embeddings * from_ids
-        # Without a state to join it to, the convolution's input is a view of `in_proj`'s output, as the gate may be.
-        projected, joined = dtype.itemsize * shape.projected, dtype.itemsize * shape.conv_dim
-        first = (-joined, projected) if dtype == torch.float32 else (projected - joined, 0)
-        return cls(
-            shape=shape,
-            kind=_kind(device),
-            indexable=indexable_tokens(config, batch_size),
-            # A token id has eight bytes, and no gradient.
-            embedding=8 if from_ids else shape.width * dtype.itemsize,
-            embedding_gradient=0 if from_ids else shape.width * dtype.itemsize,
-            row=shape.width * (wide if shape.residual_in_fp32 else dtype).itemsize,
-            output=shape.width * dtype.itemsize * whole_output,
-            # Transformers' layout: as many inputs of the convolution as its kernel is wide, one of them unused.
-            state=shape.recurrent * wide.itemsize + shape.conv_dim * shape.conv_kernel * dtype.itemsize,
-            kept=kept_bytes_per_token(config, dtype, fused, trained, device),
-            first=(0, 0) if fused else first,
-            norm_working=norm_working,
-            working=working,
-            scan_itemsize=0 if fused else wide.itemsize,
-            cast=shape.layer_parameters * dtype.itemsize * autocast,
-            gathered=(shape.layer_parameters * number + trained.layer_bytes) * sharded,
-            fresh_gradient=trained.layer_bytes,
-            gradient_rest=trained.half_bytes + trained.layer_bytes * accumulating,
-            accumulating=accumulating,
-            embedding_rest=shape.vocab_size * shape.width * summed,
-        )
-
-
 def floating_dtype(name: str, dtype: torch.dtype | str) -> torch.dtype:
+    """Check a type of activations or parameters.
+
+    Args:
+        name: the argument's name, for the error message.
+        dtype: a torch dtype, or its name with or without `"torch."`.
+
+    Returns:
+        The torch dtype.
+
+    Raises:
+        ValueError: if it is not float16, bfloat16, float32 or float64.
+    """
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if found not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"{name} must be float16, bfloat16, float32 or float64; got {dtype!r}.")
     return found
 
 
-# What follows computes with whole arrays of candidate intervals as well as with single ones.
+def is_count(value: Any) -> bool:
+    """Tell whether a value is a whole number above 0."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """The training step that a plan is made for; [`plan_checkpoints`] explains the fields.
+
+    Raises:
+        ValueError: if a length, a size or a type is out of range.
+    """
+
+    sequence_length: int
+    batch_size: int = 1
+    dtype: torch.dtype | str = torch.bfloat16
+    parameter_dtype: torch.dtype | str | None = None
+    fused: bool = False
+    from_ids: bool = False
+    trained: TrainedSizes | None = None
+    whole_output: bool = False
+    accumulating: bool = False
+    sharded: bool = False
+    device: torch.device | str = "cuda"
+
+    def __post_init__(self):
+        for name in ("sequence_length", "batch_size"):
+            value = getattr(self, name)
+            if not is_count(value):
+                raise ValueError(f"{name} must be a whole number above 0; got {value!r}.")
+            object.__setattr__(self, name, int(value))
+        object.__setattr__(self, "dtype", floating_dtype("dtype", self.dtype))
+        parameter_dtype = self.dtype if self.parameter_dtype is None else self.parameter_dtype
+        object.__setattr__(self, "parameter_dtype", floating_dtype("parameter_dtype", parameter_dtype))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the activations."""
+        return self.dtype.itemsize
+
+    @property
+    def wide_itemsize(self) -> int:
+        """Bytes of an element of the tensors that are in float32 or wider: states, norms and the scan."""
+        return torch.promote_types(self.dtype, torch.float32).itemsize
+
+    @property
+    def autocast(self) -> bool:
+        """Whether autocast converts the weights to the activations' type."""
+        return self.parameter_dtype.itemsize > self.itemsize
+
+    @property
+    def tile(self) -> int:
+        """Tokens of a tile of `ssd_scan` on the device."""
+        return TILE[self.scan_kind]
+
+    @property
+    def scan_kind(self) -> str:
+        """The kind of device that `ssd_scan` distinguishes: `"cpu"` or `"other"`."""
+        return "cpu" if torch.device(self.device).type == "cpu" else "other"
+
+    def trained_in(self, config) -> TrainedSizes:
+        """Sizes of the trained parameters of a model with this configuration."""
+        trained = self.trained or TrainedSizes.everything(config, self.dtype, self.parameter_dtype)
+        if not self.autocast:
+            return trained
+        # Autocast converts the projections' inputs to the type of the product, whatever the type of the weights is.
+        return trained._replace(
+            in_proj_itemsize=min(trained.in_proj_itemsize, self.itemsize),
+            out_proj_itemsize=min(trained.out_proj_itemsize, self.itemsize),
+        )
+
+
+def kept_bytes_per_token(config, step: TrainingStep) -> int:
+    """Bytes that autograd keeps of one token in one stock `Mamba2Block`, whose scan is `ssd_scan`.
+
+    The count follows the operations of transformers' `modeling_mamba2.py`, in their order; a test checks it:
+
+    - the norm: its input in float32, the normalised hidden states and their product with the weight, a float32 scale;
+    - `in_proj`'s output if it is in float32, because the gate is then a view of it;
+    - the convolution's input, which is a copy because it is joined to the carried tail, its output before SiLU, and
+      its output after SiLU, which contains the scan's x, B and C;
+    - the scan: the time step before softplus, after it and after its limit, and one state per span;
+    - the gated norm, in float32: the scan's output, the gate (a copy unless it is in float32 already), SiLU of the
+      gate, the product, and a scale for each group; then the normalised product in the scan's type, and `out_proj`'s
+      input.
+
+    The residual adds nothing, because autograd keeps neither term of a sum. A frozen weight keeps no input: neither
+    the normalised hidden states nor the projections' inputs. The total is several times the paper's C_grid.
+
+    A `fused` step runs mamba-ssm's kernels (`fused_layer.py`). These keep the two tensors of C_grid, `in_proj`'s
+    output and the scan's output, and besides the norm's input and output and a float32 scale for each norm.
+    """
+    shape, e, wide = Mamba2Shape.of(config), step.itemsize, step.wide_itemsize
+    if step.fused:
+        return e * (2 * shape.width + shape.projected + shape.inner) + 4 * (1 + shape.n_groups)
+    trained = step.trained_in(config)
+    norm = shape.width * (4 + e * trained.norms + trained.in_proj_itemsize) + 4
+    convolution = 3 * e * shape.conv_dim
+    scan = 3 * wide * shape.num_heads + wide * shape.recurrent // (step.tile * TILES_PER_SPAN)
+    return norm + convolution + scan + _gated_norm_bytes_per_token(shape, step, trained)
+
+
+def _gated_norm_bytes_per_token(shape: Mamba2Shape, step: TrainingStep, trained: TrainedSizes) -> int:
+    """Bytes that autograd keeps for the gated norm and its gate; they are freed before the scan's backward."""
+    gate = step.itemsize * shape.projected if step.dtype == torch.float32 else 4 * shape.inner
+    inner = step.wide_itemsize * (1 + trained.norms) + 2 * 4 + trained.out_proj_itemsize
+    return gate + inner * shape.inner + 4 * shape.n_groups
+
+
+def _working_bytes_per_token(shape: Mamba2Shape, step: TrainingStep, trained: TrainedSizes) -> tuple[int, int]:
+    """Bytes of one token that a layer's backward adds to the kept ones, in the gated norm and in the scan.
+
+    A number is negative if backward has freed more by then than it has added. `ssd_scan`'s own memory comes on top.
+
+    - In the gated norm: four float32 tensors as wide as x, in place of `out_proj`'s input and the normalised product.
+    - In the scan: the gradients of its output, the gate, x, B, C and the time step, in place of the gated norm's kept
+      tensors.
+    - With fused kernels, at either moment: the gradients of `in_proj`'s output and of the convolution's output, the
+      recomputed convolution, three tensors as wide as x, and in float32 each chunk's states, their gradients and the
+      products of B and C.
+    """
+    e, wide = step.itemsize, step.wide_itemsize
+    if step.fused:
+        tensors = e * (shape.projected + 2 * shape.conv_dim + 3 * shape.inner)
+        per_chunk = 4 * (3 * shape.recurrent + 2 * shape.n_groups * shape.chunk_size**2)
+        working = tensors + math.ceil(per_chunk / shape.chunk_size) + 4 * 6 * shape.num_heads
+        return working, working
+    norm = (4 * 4 - trained.out_proj_itemsize - wide * trained.norms) * shape.inner
+    gradients = (wide + e) * shape.inner + e * shape.conv_dim + 2 * wide * shape.num_heads
+    return norm, gradients - _gated_norm_bytes_per_token(shape, step, trained)
+
+
+class MemorySizes(NamedTuple):
+    """Sizes from which [`memory_parts`] computes a plan's memory: bytes for one sample."""
+
+    shape: Mamba2Shape
+    step: TrainingStep
+    indexable: int  # tokens of the longest segment that kernels can index
+    embedding: int  # one token of the stack's input
+    embedding_gradient: int  # one token of the input's gradient
+    hidden_state: int  # one token of the hidden states between layers
+    output_gradient: int  # one token of the output's gradient; 0 if only a few positions have one
+    state: int  # one layer's state at a border
+    kept: int  # one token in one layer, kept by autograd
+    first_kept: int  # added to `kept` in the first segment
+    norm_working: int  # one token in the running layer, added by backward in the gated norm
+    scan_working: int  # one token in the running layer, added by backward in the scan
+    first_scan_working: int  # added to `scan_working` in the first segment
+    scan_itemsize: int  # an element in `ssd_scan`; 0 if fused kernels run the scan
+    cast: int  # one layer's weights as converted by autocast
+    gathered: int  # one layer's weights and gradients if parameters are sharded, else 0
+    fresh_gradient: int  # one layer's parameter gradients, as one cell computes them
+    gradient_rest: int  # one layer's gradient sums, beyond the gradients themselves
+    embedding_rest: int  # the same for the embeddings, if they are looked up in the grid
+
+    @classmethod
+    def of(cls, config, step: TrainingStep) -> "MemorySizes":
+        """Compute the sizes for one training step.
+
+        Args:
+            config: a `Mamba2Config`, or one with a `Mamba2Config` for its `text_config`.
+            step: the step's batch, types and trained parameters.
+
+        Raises:
+            ValueError: if the configuration is not that of a Mamba-2 model.
+        """
+        shape, trained = Mamba2Shape.of(config), step.trained_in(config)
+        e, wide, parameter_itemsize = step.itemsize, step.wide_itemsize, step.parameter_dtype.itemsize
+        norm_working, scan_working = _working_bytes_per_token(shape, step, trained)
+        first_kept = first_scan_working = 0
+        if not step.fused:
+            # The first segment has no state to join to the convolution's input, which is then a view of `in_proj`'s
+            # output. In float32 autograd keeps that output already, for the gate.
+            first_kept = -e * shape.conv_dim
+            if step.dtype == torch.float32:
+                first_scan_working = e * shape.projected
+            else:
+                first_kept += e * shape.projected
+        # Embeddings are summed in float32 if they are in half precision.
+        embedding_sum = 4 * (parameter_itemsize < 4) + parameter_itemsize * step.accumulating
+        return cls(
+            shape=shape,
+            step=step,
+            indexable=indexable_tokens(config, step.batch_size),
+            # A token id has eight bytes, and no gradient.
+            embedding=8 if step.from_ids else shape.width * e,
+            embedding_gradient=0 if step.from_ids else shape.width * e,
+            hidden_state=shape.width * (wide if shape.residual_in_fp32 else e),
+            output_gradient=shape.width * e * step.whole_output,
+            # Transformers keeps `conv_kernel` inputs of the convolution, one of them unused.
+            state=shape.recurrent * wide + shape.conv_dim * shape.conv_kernel * e,
+            kept=kept_bytes_per_token(config, step),
+            first_kept=first_kept,
+            norm_working=norm_working,
+            scan_working=scan_working,
+            first_scan_working=first_scan_working,
+            scan_itemsize=0 if step.fused else wide,
+            cast=shape.layer_parameters * e * step.autocast,
+            gathered=(shape.layer_parameters * parameter_itemsize + trained.layer_bytes) * step.sharded,
+            fresh_gradient=trained.layer_bytes,
+            # A compensation for each sum in half precision, and the sums themselves if gradients exist already.
+            gradient_rest=trained.half_bytes + trained.layer_bytes * step.accumulating,
+            embedding_rest=shape.vocab_size * shape.width * embedding_sum * trained.embeddings * step.from_ids,
+        )
+
+
+# The functions below take arrays of candidate intervals as well as single numbers.
 
 
 def extra_passes(order, rerun, layer_interval, num_hidden_layers):
-    """Forward passes beyond the first; `rerun` if not all borders have their states kept."""
+    """Count the forward passes beyond the first.
+
+    Args:
+        order: `"layer-major"` or `"sequence-major"`.
+        rerun: whether some borders have no states kept, so that backward runs segments again for them.
+        layer_interval: layers of a cell, a number or an array.
+        num_hidden_layers: layers of the stack.
+    """
     return 1 + rerun + (order == "sequence-major") * (layer_interval < num_hidden_layers)
 
 
 def state_interval_of(segments, rerun):
-    """Segments between states that are kept: all, or so that about as many are kept as are made again at a time."""
+    """Choose how many segments lie between two borders whose states are kept.
+
+    It is 1 if all borders have their states kept. With `rerun` it is about the square root of the number of segments:
+    then about as many states are kept as are computed again at a time.
+    """
     return np.maximum(np.ceil(np.sqrt(segments)).astype(int), 2) if rerun else np.ones_like(segments)
 
 
-def _cell_bytes(sizes: MemorySizes, batch_size, tokens, layers, more_kept, more_working, borders):
-    """What a cell takes at the worst moment of its backward, when its highest layer runs.
+def _scan_working_bytes(sizes: MemorySizes, tokens):
+    """Working memory of `ssd_scan`'s backward for a segment of `tokens` tokens.
 
-    The scan keeps its start states in a layout of its own, and end states stay until the cell has been left: up to two
-    `borders`. Beside these there are the cell's output and its gradient.
+    It goes span by span, from the last to the first. For each token of a span it holds three tensors as wide as x, and
+    B, C and their gradients. The tiles' inner part then adds three matrices of tokens times tile for each head. The
+    part across tiles adds four tensors as wide as x and three states for each tile; these still exist when the inner
+    part of the span before begins.
     """
-    piece = batch_size * tokens
-    kept = piece * (sizes.kept + more_kept) + borders * batch_size * sizes.state + sizes.cast
-    scan = piece * (sizes.working + more_working) + _scan_working_bytes(sizes, batch_size, tokens)
-    return layers * kept + np.maximum(piece * sizes.norm_working, scan) + 2 * piece * sizes.row
+    shape, batch_size, tile = sizes.shape, sizes.step.batch_size, sizes.step.tile
+    longest = tile * TILES_PER_SPAN
+    span = np.minimum(tokens, longest)
+    # Samples that the scan takes at a time.
+    samples = NUMBERS_PER_SPAN[sizes.step.scan_kind] // (shape.num_heads * max(shape.head_dim, tile) * span)
+    samples = np.clip(samples, 1, batch_size)
+    behind = np.clip(tokens - tokens % tile - span, 0, longest)  # tokens of the span after, whose tensors still exist
+    # In a segment of one span without tokens left over, these are the tensors of the samples taken before.
+    behind = np.where((tokens <= longest) & (tokens % tile == 0) & (2 * samples <= batch_size), span, behind)
+    inputs = 3 * shape.inner + shape.n_groups * (4 * shape.state_size + tile)
+    within = 3 * tile * shape.num_heads
+    across = 4 * shape.inner + 3 * shape.recurrent // tile
+    return sizes.scan_itemsize * samples * (span * inputs + np.maximum(span * within + behind * across, span * across))
 
 
-def memory_parts(
-    sizes: MemorySizes, order, rerun, offload, sequence_length, batch_size, layer_interval, sequence_interval
-):
-    """The parts of a plan's memory, by the names of the fields of `CheckpointPlan`."""
-    L = sizes.shape.num_hidden_layers
-    segments, tokens = segments_of(sequence_length, sequence_interval)
+def _cell_bytes(sizes: MemorySizes, tokens, layers, borders, first=False):
+    """Peak memory of a cell's backward pass, which is reached in its highest layer.
+
+    Args:
+        tokens: tokens of the cell's segment.
+        layers: layers of the cell.
+        borders: borders whose states are held twice: the scan keeps its start states in a layout of its own, and the
+            end states stay until backward leaves the cell.
+        first: whether the segment is the first, which has no state before it.
+    """
+    batch_size = sizes.step.batch_size
+    segment_tokens, states = batch_size * tokens, batch_size * sizes.state
+    kept = segment_tokens * (sizes.kept + first * sizes.first_kept) + borders * states + sizes.cast
+    scan = segment_tokens * (sizes.scan_working + first * sizes.first_scan_working)
+    scan = scan + _scan_working_bytes(sizes, tokens)
+    output_and_gradient = 2 * segment_tokens * sizes.hidden_state
+    return layers * kept + np.maximum(segment_tokens * sizes.norm_working, scan) + output_and_gradient
+
+
+def _largest_cell_bytes(sizes: MemorySizes, layer_interval, sequence_interval):
+    """Peak memory of the backward pass of the cell that takes the most: one of the first segment, or a later one."""
+    segments, tokens = segments_of(sizes.step.sequence_length, sequence_interval)
+    several = np.greater(segments, 1)
+    first = _cell_bytes(sizes, tokens, layer_interval, borders=1 * several, first=True)
+    # With two segments, the later one may be shorter.
+    later = np.minimum(tokens, np.maximum(sizes.step.sequence_length - sequence_interval, 1))
+    return np.where(several, np.maximum(first, _cell_bytes(sizes, later, layer_interval, borders=2)), first)
+
+
+def _gradient_sum_bytes(sizes: MemorySizes, several, tokens, layer_interval, walked_layers):
+    """Memory of the layers' parameter gradients while they are summed over cells, beyond the gradients themselves.
+
+    Args:
+        several: whether there is more than one segment. Gradients from a single segment need no sum, unless there are
+            gradients already.
+        tokens: tokens of the longest segment.
+        layer_interval: layers of a cell.
+        walked_layers: layers of one walk over the sequence.
+    """
+    # A cell computes its gradients from its highest layer down, and frees each layer's kept tensors meanwhile.
+    freed = sizes.step.batch_size * tokens * sizes.kept
+    fresh = sizes.fresh_gradient + (layer_interval - 1) * np.maximum(sizes.fresh_gradient - freed, 0)
+    return (several | sizes.step.accumulating) * fresh + several * walked_layers * sizes.gradient_rest
+
+
+def memory_parts(sizes: MemorySizes, order, rerun, offload, layer_interval, sequence_interval) -> dict:
+    """Compute the parts of a plan's memory.
+
+    Args:
+        sizes: sizes for the model and the training step.
+        order: `"layer-major"` or `"sequence-major"`.
+        rerun: whether some borders have no states kept, so that backward runs segments again for them.
+        offload: whether checkpoints wait in host memory.
+        layer_interval: layers of a cell, a number or an array of shape `(num_candidates,)`.
+        sequence_interval: tokens of a cell, of the same shape.
+
+    Returns:
+        Bytes by the names of the fields of [`CheckpointPlan`], each a number or an array of shape `(num_candidates,)`.
+    """
+    num_layers, batch_size = sizes.shape.num_hidden_layers, sizes.step.batch_size
+    segments, tokens = segments_of(sizes.step.sequence_length, sequence_interval)
     several = np.greater(segments, 1)
     state_interval = state_interval_of(segments, rerun)
-    groups = -(-L // layer_interval)
-    whole = batch_size * sequence_length
-    piece = batch_size * tokens
+    groups = -(-num_layers // layer_interval)
+    all_tokens, segment_tokens = batch_size * sizes.step.sequence_length, batch_size * tokens
     states = batch_size * sizes.state
-    embeddings_gradient = whole * sizes.embedding_gradient
-    # Parameter gradients are summed, and gradients of states handed on, by the layers of one walk over the sequence.
-    walked_layers = layer_interval if order == "layer-major" else L
-    # Gradients of the states on one side, or for the cell that runs on both, and the states between kept ones.
+    # The layers of one walk over the sequence sum their parameter gradients, and pass on gradients of states.
+    walked_layers = layer_interval if order == "layer-major" else num_layers
+    # States' gradients at one border, or at both borders of the running cell, and the states between kept ones.
     segment = (several * (walked_layers + layer_interval) + (state_interval - 1) * walked_layers) * states
     staged = 2 * walked_layers * states * several
+    embedding_gradients = all_tokens * sizes.embedding_gradient
     if order == "layer-major":
-        hidden_borders = whole * (sizes.embedding + (groups - 1) * sizes.row)
-        # The gradient of the highest group's input. Lower ones have that of their output as well, and one border less.
-        rows = np.where(groups > 1, whole * sizes.row, embeddings_gradient)
-        staged = staged + 6 * piece * sizes.row  # in and out, two of each: rows, and gradients
+        hidden_borders = all_tokens * (sizes.embedding + (groups - 1) * sizes.hidden_state)
+        # The gradient of the highest group's input. A lower group also has that of its output, but one border less.
+        gradients = np.where(groups > 1, all_tokens * sizes.hidden_state, embedding_gradients)
+        staged = staged + 6 * segment_tokens * sizes.hidden_state  # two each of inputs, outputs and gradients
     else:
-        hidden_borders = whole * sizes.embedding
-        rows = embeddings_gradient
-        segment = segment + piece * (groups - 1) * sizes.row
-        staged = staged + 4 * piece * sizes.embedding
-    # The gradient of the last row comes from the loss, and so on the device.
-    output = whole * sizes.output
-    rows, staged = (rows, staged + output) if offload else (rows + output, staged)
-    state_borders = batch_size * ((segments - 1) // state_interval) * sizes.state
-    # The first segment has no states to start from. Of two segments the later may be the shorter.
-    first = _cell_bytes(sizes, batch_size, tokens, layer_interval, *sizes.first, borders=1 * several)
-    later = np.minimum(tokens, np.maximum(sequence_length - sequence_interval, 1))
-    others = _cell_bytes(sizes, batch_size, later, layer_interval, 0, 0, borders=2)
-    cell = np.where(several, np.maximum(first, others), first)
-    # While a cell's gradients come, from its highest layer down, what is kept goes. Of a single segment, they are the
-    # gradients themselves, unless there are some already.
-    fresh = sizes.fresh_gradient + (layer_interval - 1) * np.maximum(sizes.fresh_gradient - piece * sizes.kept, 0)
-    sums = (several | sizes.accumulating) * fresh + several * walked_layers * sizes.gradient_rest
-    # The embeddings' sum is there with the lowest group only, when what waited for those above it is gone. And of a
-    # single segment, when its cell is gone too.
-    lowest = whole * (sizes.embedding + sizes.row * (groups > 1)) + embeddings_gradient
-    lowest = lowest + output * (groups == 1) + layer_interval * state_borders
-    gone = hidden_borders + rows + L * state_borders - lowest if order == "layer-major" and not offload else 0
-    gone = gone + np.where(several, 0, cell)
-    embedding_sum = np.maximum(sizes.embedding_rest - gone, 0)
+        hidden_borders = all_tokens * sizes.embedding
+        gradients = embedding_gradients
+        segment = segment + segment_tokens * (groups - 1) * sizes.hidden_state
+        staged = staged + 4 * segment_tokens * sizes.embedding
+    # The loss computes the output's gradient on the device.
+    output_gradients = all_tokens * sizes.output_gradient
+    if offload:
+        segment = segment + staged + output_gradients
+    else:
+        gradients = gradients + output_gradients
+    state_borders = states * ((segments - 1) // state_interval)  # of one layer
+    cell = _largest_cell_bytes(sizes, layer_interval, sequence_interval)
+    # The embeddings' gradients are summed only during the backward of the lowest group. The checkpoints of the groups
+    # above are freed by then, and so is the cell if there is a single segment. The sum takes their place.
+    freed = np.where(several, 0, cell)
+    if order == "layer-major" and not offload:
+        lowest = all_tokens * (sizes.embedding + sizes.hidden_state * (groups > 1)) + embedding_gradients
+        lowest = lowest + output_gradients * (groups == 1) + layer_interval * state_borders
+        freed = freed + hidden_borders + gradients + num_layers * state_borders - lowest
+    embedding_sum = np.maximum(sizes.embedding_rest - freed, 0)
     return {
         "hidden_border_bytes": hidden_borders,
-        "state_border_bytes": L * state_borders,
-        "row_bytes": rows,
-        "segment_bytes": segment + staged * offload,
+        "state_border_bytes": num_layers * state_borders,
+        "row_bytes": gradients,
+        "segment_bytes": segment,
         "cell_bytes": cell,
-        "accumulator_bytes": sums + embedding_sum,
+        "accumulator_bytes": _gradient_sum_bytes(sizes, several, tokens, layer_interval, walked_layers)
+        + embedding_sum,
         "gathered_bytes": walked_layers * sizes.gathered,
     }
 
 
 def device_and_host(offload, parts):
-    """Bytes that the parts of a plan's memory come to, on the device and on the host."""
+    """Add up the parts of a plan's memory: bytes on the device and in host memory."""
     waiting = parts["hidden_border_bytes"] + parts["state_border_bytes"] + parts["row_bytes"]
     passing = sum(parts[name] for name in ("segment_bytes", "cell_bytes", "accumulator_bytes", "gathered_bytes"))
     return (passing, waiting) if offload else (waiting + passing, 0)

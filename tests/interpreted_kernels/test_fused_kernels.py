@@ -18,7 +18,7 @@ from transformers.models.mamba2 import modeling_mamba2
 
 from transformers_ma2mba import fused_layer
 from transformers_ma2mba.fused_layer import FusedLayer, why_not_fused
-from transformers_ma2mba.memory_model import kept_bytes_per_token
+from transformers_ma2mba.memory_model import TrainingStep, kept_bytes_per_token
 from transformers_ma2mba.multi_axis_checkpointing import enable_multi_axis_checkpointing
 from transformers_ma2mba.recurrent_state import LayerState, carried_cache, read_state, write_state
 from transformers_ma2mba.ssd_scan import ssd_scan
@@ -257,7 +257,7 @@ def test_a_fused_layer_keeps_what_the_plan_says(dtype, padding):
 
     shorter, longer = (kept_bytes(chunks * CONFIG["chunk_size"]) for chunks in (1, 3))
     per_token = (longer - shorter) / (2 * 2 * CONFIG["chunk_size"])
-    assert per_token == kept_bytes_per_token(model.config, dtype, fused=True)
+    assert per_token == kept_bytes_per_token(model.config, TrainingStep(1, dtype=dtype, fused=True))
 
 
 def step(model, embeds, attention_mask=None):
