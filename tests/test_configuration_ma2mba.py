@@ -1,4 +1,4 @@
-"""The configuration: the published sizes, what follows from its fields, and what it refuses."""
+"""The configuration: published sizes, derived properties, saving and loading, and checks of its fields."""
 
 import math
 
@@ -36,13 +36,13 @@ def test_the_default_is_the_largest_published_model():
     assert (config.vision_feature_layer, config.spatial_pool_mode, config.spatial_pool_stride) == (-2, "bilinear", 2)
     assert config.projector_hidden_act == "gelu"
     assert config.frame_rate == 1.0
-    # Placeholders take rows that padding the vocabulary adds: the tokenizer's last id is 50,276.
+    # The placeholders are rows from the vocabulary's padding: the tokenizer's last id is 50,276.
     assert 50277 <= config.image_token_id < config.video_token_id < text.vocab_size
 
 
 @pytest.mark.parametrize("preset, billions", [("0.7b", 0.7), ("1.8b", 1.8), ("3.1b", 3.1)])
 def test_presets_have_the_published_number_of_parameters(preset, billions):
-    """Within 5% of the models' names, if the tied embedding counts twice: as embedding and as head."""
+    """The models' names count the tied embedding twice, as embedding and as head; the tolerance is 5%."""
     with torch.device("meta"):
         model = Ma2mbaForVideoQA(Ma2mbaConfig.from_preset(preset))
     assert model.lm_head.weight is model.get_input_embeddings().weight
@@ -51,7 +51,7 @@ def test_presets_have_the_published_number_of_parameters(preset, billions):
     assert twice == pytest.approx(billions * 1e9, rel=0.05)
 
 
-def test_a_preset_takes_other_fields():
+def test_a_preset_accepts_other_fields():
     config = Ma2mbaConfig.from_preset("0.7b", vision_config=SIGLIP_SO400M, frame_rate=2.0)
     assert config.text_config.hidden_size == 1024
     assert isinstance(config.vision_config, SiglipVisionConfig)
@@ -106,7 +106,7 @@ def test_saving_and_loading_gives_the_same_config(tmp_path, kind):
 
 
 def test_sub_configs_may_be_dicts():
-    """Of CLIP and Mamba-2 unless they say otherwise; what they leave out is as in these, not as in a preset."""
+    """A dict without a `model_type` is for CLIP or Mamba-2; missing fields have the class's defaults."""
     config = Ma2mbaConfig(vision_config={"image_size": 64}, text_config={"vocab_size": 50280})
     assert config.vision_config.to_dict() == CLIPVisionConfig(image_size=64).to_dict()
     assert config.text_config.to_dict() == Mamba2Config(vocab_size=50280).to_dict()
@@ -135,7 +135,7 @@ BAD_FIELDS = [
 
 
 @pytest.mark.parametrize("fields, message", [pytest.param(*bad, id=str(bad[0])[1:-1]) for bad in BAD_FIELDS])
-def test_bad_fields(fields, message):
+def test_bad_fields_are_refused(fields, message):
     with pytest.raises(StrictDataclassError, match=message):
         tiny_config(**fields)
 
@@ -146,11 +146,11 @@ def test_unknown_presets_are_refused():
 
 
 @pytest.mark.parametrize("layer", [-4, -1, 0, 3])
-def test_feature_layers_at_the_limits(layer):
+def test_feature_layers_at_the_limits_are_accepted(layer):
     assert tiny_config(vision_feature_layer=layer).vision_feature_layer == layer
 
 
-def test_fields_of_the_language_model_are_found_where_generation_looks_for_them():
+def test_get_text_config_returns_the_language_model_s_fields():
     config = tiny_config(text=dict(eos_token_id=5))
     assert config.get_text_config().eos_token_id == 5
     assert config.get_text_config(decoder=True).vocab_size == tiny_text_config().vocab_size

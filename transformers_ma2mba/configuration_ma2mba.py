@@ -1,4 +1,4 @@
-"""The composite configuration: a vision encoder and a stock Mamba-2 language model, with the path between them."""
+"""The composite configuration: a vision encoder, a stock Mamba-2 language model, and the projector between them."""
 
 import math
 from typing import Literal
@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-# Mamba-2 370M, 1.3B and 2.7B with CLIP ViT-L/14-336 make the three published sizes (paper §4.1). The paper's names
+# The three published sizes combine Mamba-2 370M, 1.3B and 2.7B with CLIP ViT-L/14-336 (paper §4.1). The paper's names
 # count the tied embedding twice, once as embedding and once as head: 0.73B, 1.76B and 3.14B parameters.
 PRESETS = {
     "0.7b": {"num_hidden_layers": 48, "hidden_size": 1024, "num_heads": 32},
@@ -43,38 +43,38 @@ _MAMBA2 = {
 
 @strict
 class Ma2mbaConfig(PreTrainedConfig):
-    r"""Configuration of Video-Ma²mba (arXiv:2411.19460, §3.4 and §4.1). `Ma2mbaConfig()` is its largest model, 3.1B.
+    r"""Configuration of Video-Ma²mba (arXiv:2411.19460, §3.4 and §4.1); the defaults are its largest model, 3.1B.
 
     Args:
         vision_config (`CLIPVisionConfig` or `SiglipVisionConfig`, or a dict of either, *optional*):
-            The vision encoder; CLIP ViT-L/14 at 336 px unless given.
+            The vision encoder; defaults to CLIP ViT-L/14 at 336 px.
         text_config (`Mamba2Config` or dict, *optional*):
-            The language model; Mamba-2 2.7B unless given.
+            The language model; defaults to Mamba-2 2.7B.
         vision_feature_layer (`int`, defaults to -2):
-            Which hidden state of the vision encoder is used, as an index into its `hidden_states`.
+            The hidden state that supplies the features, as an index into the vision encoder's `hidden_states`.
         spatial_pool_mode (`str`, defaults to `"bilinear"`):
-            How patch features are pooled before the projector: `"bilinear"`, `"average"` or `"max"`.
+            The pooling of patch features before the projector: `"bilinear"`, `"average"` or `"max"`.
         spatial_pool_stride (`int`, defaults to 2):
-            Pooling factor along each side of the patch grid; a side that does not divide rounds up.
+            Pooling factor along each side of the patch grid; a side that it does not divide is rounded up.
         projector_hidden_act (`str`, defaults to `"gelu"`):
-            Activation between the projector's two layers.
+            Activation function between the projector's two layers.
         multimodal_projector_bias (`bool`, defaults to `True`):
             Whether the projector's layers have a bias.
         frame_rate (`float`, defaults to 1.0):
-            Frames per second of film that the model looks at.
+            Frames per second of film that the model receives.
         frames_per_vision_pass (`int`, defaults to 16):
-            How many frames go through the vision encoder at a time; it bounds memory and changes no result.
+            Number of frames in the vision encoder at a time. It bounds the memory and does not change the result.
         tokens_per_pass (`int`, defaults to 8192):
-            How many tokens go through the language model at a time when nothing is trained; it bounds memory too.
+            Number of tokens in the language model at a time outside of training. It bounds the memory, too.
         image_mean, image_std (`list[float]`, *optional*):
-            Normalisation of uint8 pixels, per channel, applied on the model's device; CLIP's unless given.
+            Normalisation of uint8 pixels, per channel, on the model's device; defaults to CLIP's.
         image_token_id, video_token_id (`int`, default to 50277 and 50278):
-            Placeholders of one image token and one video token. The defaults are rows that the padded vocabulary
-            already has, so published language models keep their embedding as it is.
+            Placeholders of one image token and one video token. The defaults are unused rows of the padded vocabulary,
+            so that published language models keep their embedding unchanged.
 
     Raises:
-        huggingface_hub.errors.StrictDataclassError: as any config of Transformers, if a field has a wrong type or is
-            out of range, or the patch grid would be empty.
+        huggingface_hub.errors.StrictDataclassError: if a field has a wrong type or is out of range, or the patch grid
+            is empty.
     """
 
     model_type = "ma2mba"
@@ -108,31 +108,42 @@ class Ma2mbaConfig(PreTrainedConfig):
         self.image_mean = list(OPENAI_CLIP_MEAN if self.image_mean is None else self.image_mean)
         self.image_std = list(OPENAI_CLIP_STD if self.image_std is None else self.image_std)
 
+    # `@strict` calls each method whose name starts with `validate_` when all fields are set.
+
     def validate_architecture(self):
-        """Called by `@strict` once every field is set."""
+        """Check the pooling, the patch grid and the feature layer."""
         if self.spatial_pool_stride < 1:
             raise ValueError(f"spatial_pool_stride must be at least 1, got {self.spatial_pool_stride}.")
-        if not 0 < self.frame_rate < math.inf:
-            raise ValueError(f"frame_rate must be a number of frames per second above 0, got {self.frame_rate}.")
-        for name, least in (("frames_per_vision_pass", 1), ("tokens_per_pass", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if self.patches_per_side < 1:
             raise ValueError(
                 f"vision_config has patches of {self.vision_config.patch_size} px in frames of "
                 f"{self.vision_config.image_size} px: a frame must hold at least one patch."
             )
-        for name in ("image_mean", "image_std"):
-            if len(getattr(self, name)) != 3:
-                raise ValueError(f"{name} must have 3 values, one a channel, got {getattr(self, name)}.")
-        if min(self.image_std) <= 0:
-            raise ValueError(f"image_std must be above 0 in every channel, got {self.image_std}.")
         layers = self.vision_config.num_hidden_layers
         if not -layers - 1 <= self.vision_feature_layer <= layers:
             raise ValueError(
                 f"vision_feature_layer is {self.vision_feature_layer}, but the vision encoder has {layers} layers "
                 f"and so hidden states 0 to {layers}."
             )
+
+    def validate_processing(self):
+        """Check the frame rate and the sizes of the pieces in which frames and tokens are processed."""
+        if not 0 < self.frame_rate < math.inf:
+            raise ValueError(f"frame_rate must be a number of frames per second above 0, got {self.frame_rate}.")
+        for name, least in (("frames_per_vision_pass", 1), ("tokens_per_pass", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+
+    def validate_normalisation(self):
+        """Check the mean and the standard deviation of pixels."""
+        for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != 3:
+                raise ValueError(f"{name} must have 3 values, one per channel, got {getattr(self, name)}.")
+        if min(self.image_std) <= 0:
+            raise ValueError(f"image_std must be above 0 in every channel, got {self.image_std}.")
+
+    def validate_placeholders(self):
+        """Check the placeholder tokens of images and videos."""
         for name in ("image_token_id", "video_token_id"):
             if not 0 <= getattr(self, name) < self.text_config.vocab_size:
                 raise ValueError(
@@ -143,18 +154,27 @@ class Ma2mbaConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, preset: str, **kwargs) -> "Ma2mbaConfig":
-        """One of the published sizes: `"0.7b"`, `"1.8b"` or `"3.1b"` (paper §4.1)."""
+        """Create the configuration of a published size: `"0.7b"`, `"1.8b"` or `"3.1b"` (paper §4.1).
+
+        Args:
+            preset: the size's name.
+            kwargs: other fields of the configuration.
+
+        Raises:
+            ValueError: if there is no such size.
+        """
         if preset not in PRESETS:
             raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
         return cls(text_config={**_MAMBA2, **PRESETS[preset]}, **kwargs)
 
     @property
     def patches_per_side(self) -> int:
+        """Number of patches along each side of a frame."""
         return self.vision_config.image_size // self.vision_config.patch_size
 
     @property
     def tokens_per_frame(self) -> int:
-        """Placeholders that one frame or image takes: 144 for 336 px CLIP, 196 for 384 px SigLIP."""
+        """Number of placeholders for one frame or image: 144 for CLIP at 336 px, 196 for SigLIP at 384 px."""
         return math.ceil(self.patches_per_side / self.spatial_pool_stride) ** 2
 
 

@@ -1,4 +1,4 @@
-"""Sizes of memory as people write them."""
+"""Parsing and formatting of memory sizes, such as "20GiB"."""
 
 import re
 from numbers import Integral
@@ -8,12 +8,14 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def parse_memory_size(value: int | str) -> int:
-    """Bytes of a size such as `"20GiB"`, `"512MB"`, `"1.5 GB"` or a whole number of bytes.
+    """Convert a memory size to bytes.
 
-    KB, MB, GB and TB are powers of 1,000; KiB, MiB, GiB and TiB are powers of 1,024.
+    Args:
+        value: a size such as `"20GiB"`, `"512MB"` or `"1.5 GB"`, or a whole number of bytes. KB, MB, GB and TB are
+            powers of 1,000; KiB, MiB, GiB and TiB are powers of 1,024.
 
     Raises:
-        ValueError: if it is no such size, or not above 0.
+        ValueError: if the value is not such a size, or is below 1 byte.
     """
     if isinstance(value, Integral) and not isinstance(value, bool):
         size = int(value)
@@ -31,7 +33,7 @@ def parse_memory_size(value: int | str) -> int:
 
 
 def format_memory_size(num_bytes: float) -> str:
-    """`"17.4 GiB"`, `"1.35 GiB"`, `"512 MiB"`, `"3.2 KiB"`, `"12 B"`: three digits in the unit that fits."""
+    """Format a number of bytes with three digits: `"17.4 GiB"`, `"1.35 GiB"`, `"512 MiB"`, `"12 B"`."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(num_bytes) < 999.5 or unit == "TiB":
             break

@@ -1,13 +1,13 @@
-"""The dimensions of a Mamba-2, and how its sequences are cut.
+"""The dimensions of a Mamba-2, and the cutting of its sequences.
 
-Six words say of what a part is cut, each of one thing alone:
+Six words name the parts, and each has one meaning:
 
-- *segment*: consecutive tokens that go through the layers by themselves, their state carried on to the next segment.
-- *cell*: some layers times a segment, which MA-GC restores at a time (paper §3.2).
-- *chunk*: the tokens that a kernel relates pairwise, `chunk_size` of the configuration.
-- *tile*: the same for [`ssd_scan`], which chooses its own size.
-- *span*: the tiles that [`ssd_scan`] holds at a time.
-- *piece*: as much of anything else as memory allows at a time, such as frames in the vision tower.
+- *segment*: consecutive tokens that run through the layers together and pass their state on to the next segment.
+- *cell*: some layers times one segment. MA-GC restores one cell at a time (paper §3.2).
+- *chunk*: tokens that a kernel relates pairwise; their number is the configuration's `chunk_size`.
+- *tile*: tokens that [`ssd_scan`] relates pairwise; it chooses their number itself.
+- *span*: the tiles that [`ssd_scan`] holds in memory at a time.
+- *piece*: a part of anything else that is in memory at a time, such as some frames in the vision tower.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-_INDEXABLE = 2**31  # elements of a tensor that kernels with 32-bit offsets can tell apart
+_INDEXABLE = 2**31  # elements of a tensor that 32-bit offsets can address
 
 
 class Mamba2Shape(NamedTuple):
@@ -28,7 +28,7 @@ class Mamba2Shape(NamedTuple):
     num_heads: int  # H
     head_dim: int  # P
     state_size: int  # N
-    n_groups: int  # G, each with a B and a C of its own
+    n_groups: int  # G; each group has its own B and C
     conv_kernel: int  # K, in tokens
     chunk_size: int  # Q, in tokens
     use_bias: bool
@@ -38,13 +38,13 @@ class Mamba2Shape(NamedTuple):
 
     @classmethod
     def of(cls, config) -> "Mamba2Shape":
-        """The dimensions that a configuration gives.
+        """Read the dimensions off a configuration.
 
         Args:
-            config: a `Mamba2Config`, or one with a `Mamba2Config` for its `text_config`.
+            config: a `Mamba2Config`, or a configuration with a `Mamba2Config` for its `text_config`.
 
         Raises:
-            ValueError: if it is neither.
+            ValueError: if the configuration is neither.
         """
         config = getattr(config, "text_config", None) or config
         names = [name for name in cls._fields if name not in ("width", "inner")]
@@ -58,12 +58,12 @@ class Mamba2Shape(NamedTuple):
 
     @property
     def conv_dim(self) -> int:
-        """Channels of the convolution: x, B and C, E + 2·G·N."""
+        """Channels of the convolution, which are those of x, B and C: E + 2·G·N."""
         return self.inner + 2 * self.n_groups * self.state_size
 
     @property
     def projected(self) -> int:
-        """Output width of `in_proj`: gate, convolution and time step."""
+        """Output width of `in_proj`, for the gate, the convolution and the time step: 2·E + 2·G·N + H."""
         return self.inner + self.conv_dim + self.num_heads
 
     @property
@@ -81,25 +81,39 @@ class Mamba2Shape(NamedTuple):
 
 
 def indexable_tokens(config, batch_size: int) -> int:
-    """The longest segment for kernels with 32-bit offsets: its rows times their stride stay below 2^31.
+    """Compute the longest segment whose tensors have fewer than 2^31 elements, which 32-bit offsets can address.
 
-    mamba-ssm's are such kernels: given more, they fail or return wrong numbers. Its largest tensors are `in_proj`'s
-    output and those of each chunk, states and products of B and C. At batch size 1 the limit is about 203,000 tokens
-    for the 2.7B.
+    mamba-ssm's kernels use such offsets. With a longer segment they fail or return wrong numbers. Their largest
+    tensors are `in_proj`'s output, the chunks' states, and the chunks' products of B and C. At batch size 1 the limit
+    is about 203,000 tokens for the 2.7B.
+
+    Args:
+        config: as for [`Mamba2Shape.of`].
+        batch_size: number of samples.
+
+    Returns:
+        Number of tokens.
     """
     shape = Mamba2Shape.of(config)
     per_chunk = max(shape.recurrent, shape.n_groups * shape.chunk_size**2)
     row = max(shape.projected, math.ceil(per_chunk / shape.chunk_size))
-    # Besides whole chunks, a segment may have the convolution's tail, and a last lone token.
+    # Beside whole chunks, a segment may contain the convolution's tail and a lone last token.
     tokens = (_INDEXABLE - 1) // (batch_size * row) - shape.chunk_size - shape.conv_kernel
     return max(tokens - tokens % shape.chunk_size, 2)
 
 
 def segments_of(sequence_length, sequence_interval):
-    """The number of segments of a sequence, and the tokens of the longest; for arrays as well as for numbers.
+    """Count the segments of a sequence, and the tokens of the longest segment.
 
-    No segment of several is a single token, which the stock layer would take for a step of decoding: it joins the
-    segment before. An interval of one token is therefore taken for one of two.
+    The stock layer takes a single token for a decoding step. A single token at the end of a sequence therefore joins
+    the segment before it, and an interval of one token counts as two.
+
+    Args:
+        sequence_length: number of tokens.
+        sequence_interval: number of tokens in a segment; a number or an array.
+
+    Returns:
+        The number of segments, and the number of tokens in the longest; of the interval's shape.
     """
     sequence_interval = np.maximum(sequence_interval, 2)
     segments = -(-sequence_length // sequence_interval)
@@ -108,7 +122,7 @@ def segments_of(sequence_length, sequence_interval):
 
 
 def segment_bounds(sequence_length: int, sequence_interval: int) -> list[tuple[int, int]]:
-    """Where each segment of a sequence starts and stops, by the rule of [`segments_of`]."""
+    """List the start and the stop of each segment of a sequence, by the rule of [`segments_of`]."""
     segments, _ = segments_of(sequence_length, sequence_interval)
     starts = [segment * max(sequence_interval, 2) for segment in range(segments)]
     return list(itertools.pairwise([*starts, sequence_length]))
