@@ -1,15 +1,16 @@
-"""Whether steps take what their plans expect.
+"""The memory of steps, compared with their plans.
 
-A plan is to be told what must be free when a step begins. So what is compared is, in bytes of CPU tensors, the peak of
-forward, loss and backward above what is there before: the model and, where gradients are accumulated over several
-steps, the gradients. It is to be 0.85 to 1.05 times the plan's `device_bytes` and, where they are not there yet, the
-gradients of all that is trained.
+A plan states how much memory must be free when a step begins. The tests measure the peak of forward, loss and backward
+in bytes of CPU tensors, beyond the model and, where gradients are accumulated over several steps, the gradients. The
+peak must be 0.85 to 1.05 times the plan's `device_bytes` plus the gradients of all trained parameters that do not
+exist yet.
 
-Of a step that starts without gradients, layer-major's peak may come when backward has reached only the highest group
-of layers. The plan counts the other gradients, as other steps have them; so the lower bound is lower by them.
+In a step that starts without gradients, layer-major may reach its peak when backward has passed only the highest group
+of layers. The plan counts the other gradients too, because they exist in other steps. The lower bound leaves them out.
 """
 
 import random
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -20,36 +21,26 @@ from tiny import tiny_text_config
 from torch import nn
 from transformers import Mamba2Model
 
-from transformers_ma2mba import enable_multi_axis_checkpointing, plan_checkpoints
-from transformers_ma2mba.checkpoint_plan import CheckpointPlan
-from transformers_ma2mba.memory_model import TrainedSizes, trained_sizes
+from transformers_ma2mba import enable_multi_axis_checkpointing
+from transformers_ma2mba.checkpoint_plan import MultiAxisOptions, plan_step
+from transformers_ma2mba.memory_model import TrainingStep, trained_sizes
 
 MiB = 2**20
-TRAINED = ("everything", "layers", "adapters", "nothing")  # of the language model; then its input has a gradient
+TRAINED = ("everything", "layers", "adapters", "nothing")  # with nothing trained, only the input has a gradient
 
 
 class Case(NamedTuple):
-    """A model, a batch and what is asked of its plan."""
+    """A model, its trained parts, a training step and the options of its plan."""
 
     shape: dict
-    dtype: torch.dtype = torch.float32
-    trained: str = "everything"
-    from_ids: bool = True
-    batch_size: int = 1
-    sequence_length: int = 2000
-    whole_output: bool = False
-    accumulating: bool = False
-    settings: dict = {}
-
-    def __str__(self):
-        words = [f"{key}={value}" for key, value in {**self.shape, **self.settings}.items()]
-        words += [str(value) for value in self[1:-1]]
-        return " ".join(words)
+    trained: str
+    step: TrainingStep
+    options: MultiAxisOptions
 
 
 def model_of(case: Case) -> Mamba2Model:
     torch.manual_seed(0)
-    model = Mamba2Model(tiny_text_config(**case.shape)).to(case.dtype).train()
+    model = Mamba2Model(tiny_text_config(**case.shape)).to(case.step.dtype).train()
     model.embeddings.requires_grad_(case.trained == "everything")
     if case.trained in ("adapters", "nothing"):
         model.requires_grad_(False)
@@ -58,40 +49,26 @@ def model_of(case: Case) -> Mamba2Model:
     return enable_multi_axis_checkpointing(model)
 
 
-def plan_of(case: Case, trained: TrainedSizes | None) -> CheckpointPlan:
-    return plan_checkpoints(
-        tiny_text_config(**case.shape),
-        case.sequence_length,
-        batch_size=case.batch_size,
-        dtype=case.dtype,
-        from_ids=case.from_ids,
-        trained=trained,
-        whole_output=case.whole_output,
-        accumulating=case.accumulating,
-        device="cpu",
-        **case.settings,
-    )
-
-
 def check_plan(case: Case):
-    """Compares bytes beyond the model and the gradients that are there before; see the top of this file."""
-    model = model_of(case)
-    plan = plan_of(case, trained_sizes(model.layers, model.embeddings))
+    """Compare the measured peak with the plan, as the top of this file explains."""
+    model, step = model_of(case), case.step
+    step = replace(step, trained=trained_sizes(model.layers, model.embeddings))
+    plan = plan_step(model.config, step, case.options)
     model._multi_axis_checkpointing.plan = lambda *args, **kwargs: plan
-    if case.accumulating:
+    if step.accumulating:
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    ids = torch.randint(0, model.config.vocab_size, (case.batch_size, case.sequence_length))
+    ids = torch.randint(0, model.config.vocab_size, (step.batch_size, step.sequence_length))
     wanted = torch.zeros(ids.shape, dtype=torch.bool)
     wanted[:, -8:] = True
 
-    def step():
+    def run():
         inputs = {"input_ids": ids}
-        if not case.from_ids:
-            rows = torch.randn(*ids.shape, model.config.hidden_size, dtype=case.dtype)
+        if not step.from_ids:
+            rows = torch.randn(*ids.shape, model.config.hidden_size, dtype=step.dtype)
             inputs = {"inputs_embeds": rows.requires_grad_()}
             del rows
-        if case.whole_output:
+        if step.whole_output:
             rows = model(**inputs).last_hidden_state[:, -8:]
         else:
             rows = model(**inputs, positions_to_keep=wanted).last_hidden_state
@@ -99,9 +76,9 @@ def check_plan(case: Case):
         del rows
         loss.backward()
 
-    measured = peak_bytes(step)
+    measured = peak_bytes(run)
     expected, to_come = plan.device_bytes, 0
-    if not case.accumulating:
+    if not step.accumulating:
         gradients = trained_bytes(model)
         expected += gradients
         if plan.order == "layer-major" and plan.num_layer_groups > 1:
@@ -115,20 +92,20 @@ def trained_bytes(module: nn.Module) -> int:
 
 
 def drawn(seed: int) -> Case:
-    """A case whose plan expects more than 64 MiB, and whose step takes a second or so."""
+    """Draw a case whose plan expects more than 64 MiB, and whose step takes about a second."""
     draw = random.Random(seed)
     while True:
         width, head_dim = draw.choice([64, 96, 128, 192, 256]), draw.choice([16, 32, 64])
         num_heads, remainder = divmod(2 * width, head_dim)
         num_layers = draw.randint(2, 8)
         trained = draw.choice(TRAINED)
-        settings = {"order": draw.choice(["layer-major", "sequence-major"])}
+        options = {"order": draw.choice(["layer-major", "sequence-major"])}
         if draw.random() < 0.4:
-            settings["layer_interval"] = draw.choice([n for n in range(1, num_layers + 1) if num_layers % n == 0])
+            options["layer_interval"] = draw.choice([n for n in range(1, num_layers + 1) if num_layers % n == 0])
         if draw.random() < 0.4:
-            settings["sequence_interval"] = draw.choice([200, 256, 400, 512, 1000])
+            options["sequence_interval"] = draw.choice([200, 256, 400, 512, 1000])
         if draw.random() < 0.25:
-            settings["memory_budget"] = "minimal"  # or else states are kept at every border
+            options["memory_budget"] = "minimal"  # without a budget, states are kept at every border
         case = Case(
             shape=dict(
                 hidden_size=width,
@@ -142,26 +119,29 @@ def drawn(seed: int) -> Case:
                 use_bias=draw.random() < 0.2,
                 vocab_size=64 if trained == "everything" else 20_000,
             ),
-            dtype=draw.choice([torch.float32, torch.bfloat16]),
             trained=trained,
-            from_ids=draw.random() < 0.5 and trained != "nothing",
-            batch_size=draw.choice([1, 1, 2, 4]),
-            sequence_length=draw.randint(500, 2500),
-            whole_output=draw.random() < 0.5,
-            accumulating=draw.random() < 0.5,
-            settings=settings,
+            step=TrainingStep(
+                dtype=draw.choice([torch.float32, torch.bfloat16]),
+                from_ids=draw.random() < 0.5 and trained != "nothing",
+                batch_size=draw.choice([1, 1, 2, 4]),
+                sequence_length=draw.randint(500, 2500),
+                whole_output=draw.random() < 0.5,
+                accumulating=draw.random() < 0.5,
+                device="cpu",
+            ),
+            options=MultiAxisOptions(**options),
         )
         if remainder or num_heads % case.shape["n_groups"]:
             continue
-        plan = plan_of(case, None)
-        tokens = case.batch_size * case.sequence_length
+        plan = plan_step(tiny_text_config(**case.shape), case.step, case.options)
+        tokens = case.step.batch_size * case.step.sequence_length
         work = tokens * num_layers * width * (width + 200) * (2 + plan.extra_compute)
         cells = plan.num_segments * plan.num_layer_groups
         if plan.device_bytes > 70 * MiB and work < 2.5e9 and cells <= 24:
             return case
 
 
-def test_the_peak_is_that_of_tensors_made_by_the_step():
+def test_the_peak_counts_tensors_created_by_the_step():
     before = torch.zeros(10_000, dtype=torch.uint8)
 
     def step():
@@ -176,26 +156,27 @@ def test_the_peak_is_that_of_tensors_made_by_the_step():
     assert peak_bytes(step) == 6000
 
 
-def test_the_peak_knows_what_autograd_keeps():
+def test_the_peak_counts_tensors_kept_by_autograd():
     inputs = torch.randn(64, 100, requires_grad=True)
 
     def step():
-        inputs.exp().exp().sum().backward()  # both results are kept, and the second's gradient comes on top
+        inputs.exp().exp().sum().backward()  # autograd keeps both results, and the second one's gradient is added
 
-    # The sum, its gradient, and two more rows: of four that are made, one is the result, and one is given up.
-    rows = 64 * 100 * 4
-    assert 3 * rows <= peak_bytes(step) < 3 * rows + 100
+    # Besides the sum and its gradient, three tensors of the input's size exist at the peak.
+    tensor_bytes = 64 * 100 * 4
+    assert 3 * tensor_bytes <= peak_bytes(step) < 3 * tensor_bytes + 100
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_a_step_takes_what_its_plan_expects(seed):
+def test_a_step_takes_its_plan_s_memory(seed):
     check_plan(drawn(seed))
 
 
 @pytest.mark.parametrize("accumulating", [False, True], ids=["first", "accumulating"])
 @pytest.mark.parametrize("order", ["layer-major", "sequence-major"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_large_vocabulary_that_is_trained(dtype, order, accumulating):
+def test_a_step_with_a_large_trained_vocabulary(dtype, order, accumulating):
     shape = dict(hidden_size=64, num_heads=4, head_dim=32, num_hidden_layers=4, vocab_size=100_000, chunk_size=64)
-    settings = {"order": order, "sequence_interval": 256, "layer_interval": 2}
-    check_plan(Case(shape, dtype, sequence_length=3000, accumulating=accumulating, settings=settings))
+    step = TrainingStep(3000, dtype=dtype, from_ids=True, accumulating=accumulating, device="cpu")
+    options = MultiAxisOptions(layer_interval=2, sequence_interval=256, order=order)
+    check_plan(Case(shape, "everything", step, options))

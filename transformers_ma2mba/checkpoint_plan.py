@@ -311,10 +311,7 @@ def _why_none_fits(config, step: TrainingStep, options: MultiAxisOptions) -> str
         f"{format_memory_size(budget)}: the smallest needs {format_memory_size(needed)}."
     ]
     automatic = replace(options, layer_interval="auto", sequence_interval="auto", order="auto")
-    alternatives = {
-        "offload=True": replace(options, offload=True),
-        'Intervals and order left at "auto"': automatic,
-    }
+    alternatives = {"offload=True": replace(options, offload=True), 'Intervals and order left at "auto"': automatic}
     for change, changed in alternatives.items():
         if changed == options:
             continue
@@ -381,10 +378,7 @@ class _Candidates(NamedTuple):
         device, host = device_and_host(offload, parts)
         return cls(
             shared=dict(
-                offload=offload,
-                sequence_length=length,
-                batch_size=step.batch_size,
-                num_hidden_layers=num_layers,
+                num_hidden_layers=num_layers, sequence_length=length, batch_size=step.batch_size, offload=offload
             ),
             variants=variants,
             variant=np.repeat(np.arange(len(variants)), len(layers)),

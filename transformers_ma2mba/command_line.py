@@ -69,20 +69,9 @@ def _add_plan(commands):
 
     def run(options) -> int:
         try:
-            memory = training_memory(
-                _plan_config(options),
-                seconds=options.seconds,
-                tokens=options.tokens,
-                fps=options.fps,
-                text_tokens=options.text_tokens,
-                batch_size=options.batch_size,
-                dtype=options.dtype,
-                optimizer=options.optimizer,
-                freeze_vision=options.freeze_vision,
-                offload=options.offload,
-                fused=options.fused,
-                memory_budget=options.memory_budget,
-            )
+            # The options have the names of the function's arguments.
+            arguments = {name: getattr(options, name) for name in training_memory.__kwdefaults__}
+            memory = training_memory(_plan_config(options), **arguments)
         except ValueError as error:
             parser.error(str(error))
         print(json.dumps(_plan_report(options, memory), indent=2) if options.json else _plan_table(options, memory))
@@ -113,32 +102,16 @@ def _read_config(directory: str, command: str, known: tuple[str, ...]) -> PreTra
 
 def _plan_report(options: argparse.Namespace, memory: TrainingMemory) -> dict:
     """Arrange the result of `plan` for JSON, with sizes in bytes."""
-    report = {
-        "model": options.preset or options.model,
-        "seconds": options.seconds,
-        "frame_rate": memory.frame_rate,
-        "frames": memory.frames,
-        "tokens": memory.tokens,
-        "batch_size": options.batch_size,
-        "dtype": options.dtype,
-        "optimizer": options.optimizer,
-        "parameters": memory.parameters,
-        "trained_parameters": memory.trained_parameters,
-        "device": memory.device,
-        "device_before_activations": memory.device_before_activations,
-        "device_total": memory.device_total,
-        "host": memory.host,
-        "host_total": sum(memory.host.values()),
-        "plan": {**dataclasses.asdict(memory.plan), "extra_compute": memory.plan.extra_compute},
-        "memory_budget": memory.memory_budget,
-        "fits": memory.fits,
-    }
-    if memory.memory_budget is not None:
-        report["longest_tokens"] = memory.longest_tokens
-        if memory.bytes_with_offload is not None:
-            report["bytes_with_offload"] = memory.bytes_with_offload
-        if memory.frame_rate is not None:
-            report["longest_seconds"] = memory.longest_seconds
+    given = {name: getattr(options, name) for name in ("seconds", "batch_size", "dtype", "optimizer")}
+    report = {"model": options.preset or options.model, **given, **dataclasses.asdict(memory)}
+    report["host_total"] = sum(memory.host.values())
+    report["plan"]["extra_compute"] = memory.plan.extra_compute
+    if memory.memory_budget is None:
+        del report["longest_tokens"]
+    if memory.memory_budget is None or memory.frame_rate is None:
+        del report["longest_seconds"]
+    if memory.bytes_with_offload is None:
+        del report["bytes_with_offload"]
     return report
 
 

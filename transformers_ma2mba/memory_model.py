@@ -113,13 +113,13 @@ class TrainingStep:
 
     def __post_init__(self):
         for name in ("sequence_length", "batch_size"):
-            value = getattr(self, name)
-            if not is_count(value):
-                raise ValueError(f"{name} must be a whole number above 0; got {value!r}.")
-            object.__setattr__(self, name, int(value))
-        object.__setattr__(self, "dtype", floating_dtype("dtype", self.dtype))
-        parameter_dtype = self.dtype if self.parameter_dtype is None else self.parameter_dtype
-        object.__setattr__(self, "parameter_dtype", floating_dtype("parameter_dtype", parameter_dtype))
+            if not is_count(getattr(self, name)):
+                raise ValueError(f"{name} must be a whole number above 0; got {getattr(self, name)!r}.")
+            object.__setattr__(self, name, int(getattr(self, name)))
+        if self.parameter_dtype is None:
+            object.__setattr__(self, "parameter_dtype", self.dtype)
+        for name in ("dtype", "parameter_dtype"):
+            object.__setattr__(self, name, floating_dtype(name, getattr(self, name)))
 
     @property
     def itemsize(self) -> int:
@@ -135,11 +135,6 @@ class TrainingStep:
     def autocast(self) -> bool:
         """Whether autocast converts the weights to the activations' type."""
         return self.parameter_dtype.itemsize > self.itemsize
-
-    @property
-    def tile(self) -> int:
-        """Tokens of a tile of `ssd_scan` on the device."""
-        return TILE[self.scan_kind]
 
     @property
     def scan_kind(self) -> str:
@@ -178,13 +173,13 @@ def kept_bytes_per_token(config, step: TrainingStep) -> int:
     A `fused` step runs mamba-ssm's kernels (`fused_layer.py`). These keep the two tensors of C_grid, `in_proj`'s
     output and the scan's output, and besides the norm's input and output and a float32 scale for each norm.
     """
-    shape, e, wide = Mamba2Shape.of(config), step.itemsize, step.wide_itemsize
+    shape, itemsize, wide = Mamba2Shape.of(config), step.itemsize, step.wide_itemsize
     if step.fused:
-        return e * (2 * shape.width + shape.projected + shape.inner) + 4 * (1 + shape.n_groups)
+        return itemsize * (2 * shape.width + shape.projected + shape.inner) + 4 * (1 + shape.n_groups)
     trained = step.trained_in(config)
-    norm = shape.width * (4 + e * trained.norms + trained.in_proj_itemsize) + 4
-    convolution = 3 * e * shape.conv_dim
-    scan = 3 * wide * shape.num_heads + wide * shape.recurrent // (step.tile * TILES_PER_SPAN)
+    norm = shape.width * (4 + itemsize * trained.norms + trained.in_proj_itemsize) + 4
+    convolution = 3 * itemsize * shape.conv_dim
+    scan = 3 * wide * shape.num_heads + wide * shape.recurrent // (TILE[step.scan_kind] * TILES_PER_SPAN)
     return norm + convolution + scan + _gated_norm_bytes_per_token(shape, step, trained)
 
 
@@ -207,14 +202,14 @@ def _working_bytes_per_token(shape: Mamba2Shape, step: TrainingStep, trained: Tr
       recomputed convolution, three tensors as wide as x, and in float32 each chunk's states, their gradients and the
       products of B and C.
     """
-    e, wide = step.itemsize, step.wide_itemsize
+    itemsize, wide = step.itemsize, step.wide_itemsize
     if step.fused:
-        tensors = e * (shape.projected + 2 * shape.conv_dim + 3 * shape.inner)
+        tensors = itemsize * (shape.projected + 2 * shape.conv_dim + 3 * shape.inner)
         per_chunk = 4 * (3 * shape.recurrent + 2 * shape.n_groups * shape.chunk_size**2)
         working = tensors + math.ceil(per_chunk / shape.chunk_size) + 4 * 6 * shape.num_heads
         return working, working
     norm = (4 * 4 - trained.out_proj_itemsize - wide * trained.norms) * shape.inner
-    gradients = (wide + e) * shape.inner + e * shape.conv_dim + 2 * wide * shape.num_heads
+    gradients = (wide + itemsize) * shape.inner + itemsize * shape.conv_dim + 2 * wide * shape.num_heads
     return norm, gradients - _gated_norm_bytes_per_token(shape, step, trained)
 
 
@@ -253,17 +248,13 @@ class MemorySizes(NamedTuple):
             ValueError: if the configuration is not that of a Mamba-2 model.
         """
         shape, trained = Mamba2Shape.of(config), step.trained_in(config)
-        e, wide, parameter_itemsize = step.itemsize, step.wide_itemsize, step.parameter_dtype.itemsize
+        itemsize, wide, parameter_itemsize = step.itemsize, step.wide_itemsize, step.parameter_dtype.itemsize
         norm_working, scan_working = _working_bytes_per_token(shape, step, trained)
-        first_kept = first_scan_working = 0
-        if not step.fused:
-            # The first segment has no state to join to the convolution's input, which is then a view of `in_proj`'s
-            # output. In float32 autograd keeps that output already, for the gate.
-            first_kept = -e * shape.conv_dim
-            if step.dtype == torch.float32:
-                first_scan_working = e * shape.projected
-            else:
-                first_kept += e * shape.projected
+        # The first segment has no state to join to the convolution's input, which is then a view of `in_proj`'s
+        # output. In float32 autograd keeps that output already, for the gate.
+        projected, joined = itemsize * shape.projected, itemsize * shape.conv_dim
+        first = (-joined, projected) if step.dtype == torch.float32 else (projected - joined, 0)
+        first_kept, first_scan_working = (0, 0) if step.fused else first
         # Embeddings are summed in float32 if they are in half precision.
         embedding_sum = 4 * (parameter_itemsize < 4) + parameter_itemsize * step.accumulating
         return cls(
@@ -271,19 +262,19 @@ class MemorySizes(NamedTuple):
             step=step,
             indexable=indexable_tokens(config, step.batch_size),
             # A token id has eight bytes, and no gradient.
-            embedding=8 if step.from_ids else shape.width * e,
-            embedding_gradient=0 if step.from_ids else shape.width * e,
-            hidden_state=shape.width * (wide if shape.residual_in_fp32 else e),
-            output_gradient=shape.width * e * step.whole_output,
+            embedding=8 if step.from_ids else shape.width * itemsize,
+            embedding_gradient=0 if step.from_ids else shape.width * itemsize,
+            hidden_state=shape.width * (wide if shape.residual_in_fp32 else itemsize),
+            output_gradient=shape.width * itemsize * step.whole_output,
             # Transformers keeps `conv_kernel` inputs of the convolution, one of them unused.
-            state=shape.recurrent * wide + shape.conv_dim * shape.conv_kernel * e,
+            state=shape.recurrent * wide + shape.conv_dim * shape.conv_kernel * itemsize,
             kept=kept_bytes_per_token(config, step),
             first_kept=first_kept,
             norm_working=norm_working,
             scan_working=scan_working,
             first_scan_working=first_scan_working,
             scan_itemsize=0 if step.fused else wide,
-            cast=shape.layer_parameters * e * step.autocast,
+            cast=shape.layer_parameters * itemsize * step.autocast,
             gathered=(shape.layer_parameters * parameter_itemsize + trained.layer_bytes) * step.sharded,
             fresh_gradient=trained.layer_bytes,
             # A compensation for each sum in half precision, and the sums themselves if gradients exist already.
@@ -324,7 +315,7 @@ def _scan_working_bytes(sizes: MemorySizes, tokens):
     part across tiles adds four tensors as wide as x and three states for each tile; these still exist when the inner
     part of the span before begins.
     """
-    shape, batch_size, tile = sizes.shape, sizes.step.batch_size, sizes.step.tile
+    shape, batch_size, tile = sizes.shape, sizes.step.batch_size, TILE[sizes.step.scan_kind]
     longest = tile * TILES_PER_SPAN
     span = np.minimum(tokens, longest)
     # Samples that the scan takes at a time.
@@ -437,14 +428,14 @@ def memory_parts(sizes: MemorySizes, order, rerun, offload, layer_interval, sequ
         lowest = lowest + output_gradients * (groups == 1) + layer_interval * state_borders
         freed = freed + hidden_borders + gradients + num_layers * state_borders - lowest
     embedding_sum = np.maximum(sizes.embedding_rest - freed, 0)
+    layer_sums = _gradient_sum_bytes(sizes, several, tokens, layer_interval, walked_layers)
     return {
         "hidden_border_bytes": hidden_borders,
         "state_border_bytes": num_layers * state_borders,
         "row_bytes": gradients,
         "segment_bytes": segment,
         "cell_bytes": cell,
-        "accumulator_bytes": _gradient_sum_bytes(sizes, several, tokens, layer_interval, walked_layers)
-        + embedding_sum,
+        "accumulator_bytes": layer_sums + embedding_sum,
         "gathered_bytes": walked_layers * sizes.gathered,
     }
 

@@ -99,10 +99,11 @@ def training_memory(
     budget = None if memory_budget is None else parse_memory_size(memory_budget)
     tokens, frames, frame_rate = _sample_length(config, seconds, tokens, fps, text_tokens)
     parameters, trained = _count_parameters(config, freeze_vision)
+    optimizer_bytes = 8 + 4 * (dtype.itemsize < 4) if optimizer == "adamw" else 0  # per trained parameter
     device = {
         **{f"weights: {part}": count * dtype.itemsize for part, count in parameters.items()},
         "gradients": trained * dtype.itemsize,
-        "optimizer state": trained * _optimizer_bytes(optimizer, dtype),
+        "optimizer state": trained * optimizer_bytes,
     }
     constant = sum(device.values())
     vision = _vision_bytes(config, batch_size * frames, dtype, freeze_vision) if frames else 0
@@ -187,11 +188,6 @@ def _count_parameters(config, freeze_vision: bool) -> tuple[dict[str, int], int]
         if parameter.requires_grad and not (freeze_vision and in_tower):
             trained += parameter.numel()
     return counts, trained
-
-
-def _optimizer_bytes(optimizer: str, dtype: torch.dtype) -> int:
-    """Bytes of optimizer state for one trained parameter."""
-    return {"adamw": 8 + 4 * (dtype.itemsize < 4), "none": 0}[optimizer]
 
 
 def _vision_bytes(config, num_frames: int, dtype: torch.dtype, frozen: bool) -> int:
