@@ -50,7 +50,7 @@ class _Settings:
         options: the options that the user gave.
         plans: plans by training step.
         gathered_at_once: layers that this module told their sharding to gather at once.
-        passes: number of forward passes of the model in the grid.
+        passes: number of training passes so far, which shows whether a subclass's forward method calls `super()`.
     """
 
     options: MultiAxisOptions
