@@ -78,7 +78,7 @@ class CheckpointPlan:
     """The places of MA-GC's checkpoints, and the memory that they are expected to take, in bytes.
 
     A step needs `device_bytes` of free memory, and memory for the gradients of all trained parameters unless these
-    gradients exist already. The parts below are those of the step's peak. In layer-major order, the gradients of
+    gradients exist already. The parts below add up to the step's peak. In layer-major order, the gradients of
     layers that backward has not reached may not exist at the peak. The plan counts them all the same, because DDP's
     buffers and accumulated gradients exist from the start. The loss, and a head on top of the model, are not included.
 
@@ -203,10 +203,9 @@ def plan_checkpoints(
 
             - With a limit, the plan is the fastest that fits: it has the least computation and, among equals, the
               fewest cells. With `offload`, its host memory is also within 25% of the smallest.
-            - `None` chooses among the plans with the least computation. The plan has the fewest cells of those whose
-              device memory is within 5% of the smallest, and no segment below 256 tokens. With `offload`, a byte of
-              host memory counts as a quarter of a byte on the device; without that weight, checkpoints would be too
-              many.
+            - `None` chooses among the plans with the least computation that take at most 5% more device memory than
+              the smallest of them. The plan has the fewest cells, and no segment below 256 tokens. With `offload`, a
+              byte of host memory counts as a quarter of a byte on the device, which bounds the number of checkpoints.
             - `"minimal"` chooses the plan with the least memory, whatever its computation.
         batch_size: number of samples.
         dtype: type of the activations, a torch dtype or its name.
