@@ -1,7 +1,6 @@
 """The memory of a training step: its parts, the options that change them, and the longest film for a budget."""
 
 import pytest
-import torch
 from tiny import tiny_config, tiny_text_config
 from transformers import Mamba2ForCausalLM
 
@@ -130,9 +129,3 @@ def test_arguments_are_checked(arguments, message):
 def test_seconds_need_a_vision_tower():
     with pytest.raises(ValueError, match="This model has no vision tower: give the length in tokens"):
         training_memory(tiny_text_config(), seconds=4)
-
-
-def test_types_may_be_torch_dtypes(config):
-    assert training_memory(config, tokens=100, dtype=torch.float16) == training_memory(
-        config, tokens=100, dtype="float16"
-    )

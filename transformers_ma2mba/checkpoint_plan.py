@@ -230,19 +230,9 @@ def plan_checkpoints(
         ValueError: if an argument is out of its range, or no plan fits the budget. The message then says how much the
             smallest plan needs, and which change would help.
     """
-    step = TrainingStep(
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        dtype=dtype,
-        parameter_dtype=parameter_dtype,
-        fused=bool(fused),
-        from_ids=bool(from_ids),
-        trained=trained,
-        whole_output=bool(whole_output),
-        accumulating=bool(accumulating),
-        sharded=bool(sharded),
-        device=device,
-    )
+    kinds = dict(fused=bool(fused), from_ids=bool(from_ids), whole_output=bool(whole_output))
+    kinds |= dict(accumulating=bool(accumulating), sharded=bool(sharded))
+    step = TrainingStep(sequence_length, batch_size, dtype, parameter_dtype, trained=trained, device=device, **kinds)
     options = MultiAxisOptions(layer_interval, sequence_interval, memory_budget, bool(offload), order)
     return plan_step(config, step, options)
 
