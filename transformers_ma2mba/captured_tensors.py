@@ -66,7 +66,7 @@ class CapturedTensors:
                 ]
 
     def add(self, tensor: torch.Tensor, name: str):
-        """Captures one more tensor, unless it has been captured already."""
+        """Capture one more tensor, unless it has been captured already."""
         if tensor in self.names:
             return
         self.names[tensor] = name
@@ -76,7 +76,7 @@ class CapturedTensors:
             self.versions[tensor] = tensor._version
 
     def check_unchanged(self):
-        """Checks that backward can restore the computation of the forward pass.
+        """Check that backward can restore the computation of the forward pass.
 
         Raises:
             RuntimeError: if a tensor was modified in place since it was captured, as autograd does; or if adapters
@@ -99,7 +99,7 @@ class CapturedTensors:
                 )
 
     def __enter__(self):
-        """Puts the captured tensors, modes and hooks back, until `__exit__`.
+        """Put the captured tensors, modes and hooks back, until `__exit__`.
 
         Raises:
             RuntimeError: if a captured tensor was modified in place.
@@ -123,14 +123,14 @@ class CapturedTensors:
 
     @staticmethod
     def _turn_gradients(frozen: list[torch.Tensor], freed: list[torch.Tensor]):
-        """Unfreezes the tensors in `frozen`, and freezes those in `freed`."""
+        """Unfreeze the tensors in `frozen`, and freeze those in `freed`."""
         for tensor in frozen:
             tensor.requires_grad_(True)
         for tensor in freed:
             tensor.requires_grad_(False)
 
     def find_others(self, run: Callable, where: str, inputs: Iterable[torch.Tensor] = ()):
-        """Runs a computation without keeping it for backward, and captures the leaves that it depends on besides.
+        """Run a computation without keeping it for backward, and capture the leaves that it depends on besides.
 
         These leaves require a gradient and belong to none of the modules, such as a vector that a hook multiplies by.
         Autograd records the computation, but keeps none of its tensors.
@@ -164,7 +164,7 @@ class CapturedTensors:
 
 @contextmanager
 def without_hooks(tensors: Iterable[torch.Tensor]):
-    """Disables the gradient hooks of tensors, which expect whole gradients, while a cell computes its share of them.
+    """Disable the gradient hooks of tensors, which expect whole gradients, while a cell computes its share of them.
 
     Raises:
         RuntimeError: if another thread has disabled hooks of the same tensors.

@@ -71,11 +71,11 @@ class Block:
         self.explored = False
 
     def run(self, segment: int, border: Border) -> Border:
-        """Computes the upper right border of a segment from the lower left one."""
+        """Compute the upper right border of a segment from the lower left one."""
         raise NotImplementedError
 
     def pass_through(self, segment: int, border: Border) -> Border:
-        """Runs the block and keeps nothing for backward.
+        """Run the block and keep nothing for backward.
 
         In the first call autograd records the computation, in order to find all tensors that the block depends on. If
         the block has hooks, autograd records every call: the tensors that hooks see then require gradients, as they
@@ -97,7 +97,7 @@ class Block:
         return Border.of(tensors)
 
     def restore(self, segment: int, border: Border, wants_hidden_states: bool = True) -> "RestoredBlock":
-        """Runs the block with a graph (Algorithm 2, line 9).
+        """Run the block with a graph (Algorithm 2, line 9).
 
         Args:
             border: the lower left border.
@@ -114,7 +114,7 @@ class Block:
         return RestoredBlock(self, Border(hidden_states, states), after)
 
     def check_leaves(self, outputs: Sequence[torch.Tensor], known: Sequence[torch.Tensor]):
-        """Checks that outputs depend on known leaves only.
+        """Check that outputs depend on known leaves only.
 
         Raises:
             RuntimeError: if outputs depend on a leaf that requires a gradient and is unknown.
@@ -143,7 +143,7 @@ class RestoredBlock:
     after: Border | None
 
     def backward(self, gradient: Border, sums: GradientSums) -> Border:
-        """Sends gradients through the block (Algorithm 2, line 10), and gives up the graph.
+        """Send gradients through the block (Algorithm 2, line 10), and give up the graph.
 
         Args:
             gradient: of the upper right border; None for what has no gradient.
@@ -204,7 +204,7 @@ class Cell(Block):
         self.caches = [cache_for(modules[index]) for index in layers]
 
     def run(self, segment: int, border: Border) -> Border:
-        """Computes `(batch_size, tokens, hidden_size)` and the states of [`LayerState`] after the segment."""
+        """Compute `(batch_size, tokens, hidden_size)` and the states of [`LayerState`] after the segment."""
         hidden_states_BTD, states = border.hidden_states, []
         for forward, cache, before in zip(self.forwards, self.caches, border.states, strict=True):
             write_state(cache.layers[-1], before)
@@ -224,11 +224,11 @@ class LowerEnd(Block):
         self.embedding = embedding
 
     def run(self, segment: int, border: Border) -> Border:
-        """Looks up `(batch_size, tokens)` ids."""
+        """Look up `(batch_size, tokens)` ids."""
         return Border(self.embedding(border.hidden_states))
 
     def backward(self, token_ids: torch.Tensor, gradient: torch.Tensor, sums: GradientSums):
-        """Adds the gradient of the rows that were looked up, which needs nothing restored.
+        """Add the gradient of the rows that were looked up, which needs nothing restored.
 
         Args:
             token_ids: `(batch_size, tokens)`.
@@ -283,7 +283,7 @@ class UpperEnd(Block):
         self.forward, self.kept = forward, kept
 
     def run(self, segment: int, border: Border) -> Border:
-        """Computes `(batch_size, tokens, hidden_size)`, or `(num_positions, hidden_size)` of the wanted ones."""
+        """Compute `(batch_size, tokens, hidden_size)`, or `(num_positions, hidden_size)` of the wanted ones."""
         hidden_states = border.hidden_states
         if self.kept is not None:
             hidden_states = self.kept.select(segment, hidden_states)

@@ -62,7 +62,7 @@ class _StateBorders:
         self.tensors: list[torch.Tensor] = []
 
     def keep(self, segment: int, states: list[LayerState]):
-        """Keeps the states that enter a segment, if it is one of those."""
+        """Keep the states that enter a segment, if it is one of those."""
         border, between = divmod(segment, self.interval)
         if border == 0 or between:
             return
@@ -74,7 +74,7 @@ class _StateBorders:
                 self.offloader.store(self.tensors[kind][border - 1, layer], tensor)
 
     def fetch(self, segment: int) -> Callable[[], list[LayerState]]:
-        """Begins to bring the states that enter a segment, which must be one of those, to the device."""
+        """Begin to bring the states that enter a segment, which must be one of those, to the device."""
         kinds = [self.offloader.fetch(kept[segment // self.interval - 1]) for kept in self.tensors]
         return lambda: [LayerState(*state) for state in zip(*(wait() for wait in kinds), strict=True)]
 
@@ -102,7 +102,7 @@ class _RandomState:
 
     @contextmanager
     def untouched(self):
-        """Leaves the random states as they were before."""
+        """Leave the random states as they were before."""
         before = self.record()
         try:
             yield
@@ -163,7 +163,7 @@ class _Walk:
 
     @contextmanager
     def as_captured(self):
-        """Puts the tensors of the forward pass back into the modules; they must be unchanged."""
+        """Put the tensors of the forward pass back into the modules; they must be unchanged."""
         with ExitStack() as stack:
             for block in self.blocks:
                 stack.enter_context(block.captured)
@@ -185,7 +185,7 @@ class _Walk:
         return states_of(tensors) or [LayerState()] * self.num_layers
 
     def pass_segment(self, segment: int, border: Border, to_top: bool = True) -> Border:
-        """Runs one segment through all blocks, or all but the upper end, and keeps nothing of it."""
+        """Run one segment through all blocks, or all but the upper end, and keep nothing of it."""
         hidden_states, states = border.hidden_states, []
         for block in self.blocks if to_top else self.blocks[: len(self.blocks) - (self.upper is not None)]:
             before = Border(hidden_states, border.states[block.layers.start : block.layers.stop])
@@ -194,7 +194,7 @@ class _Walk:
         return Border(hidden_states, states)
 
     def run_first_segment(self, inputs: torch.Tensor, states: list[LayerState]):
-        """Runs the first segment, which shows all tensors that the blocks depend on. `run` goes on from there."""
+        """Run the first segment, which shows all tensors that the blocks depend on. `run` goes on from there."""
         random_state = self.random.record()
         reader = SegmentReader(inputs.detach(), self.segments, self.offloader)
         states = [LayerState(*(tensor if tensor is None else tensor.detach() for tensor in state)) for state in states]
@@ -203,7 +203,7 @@ class _Walk:
         self.first_segment = _FirstSegment(reader, random_state, after)
 
     def run(self, shape: tuple[int, int], states: list[LayerState], enter: Callable | None = None) -> Border:
-        """Walks the sequence from the first segment, which has run already, to the last (Algorithm 1).
+        """Walk the sequence from the first segment, which has run already, to the last (Algorithm 1).
 
         The paper writes the loops token by token and layer by layer; here a step is a segment and a cell. The hidden
         states below each row of cells, L_ckpt (lines 6 and 7), are the inputs of the row's walk in layer-major order.
@@ -277,7 +277,7 @@ class _WalkBack:
     def restore_segment(
         self, segment: int, border: Border, random_state: list[torch.Tensor], grad_output: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Restores the cells of one segment, if it has a gradient, from the highest down (Algorithm 2, lines 4 to 11).
+        """Restore the cells of one segment, if it has a gradient, from the highest down (Algorithm 2, lines 4 to 11).
 
         Args:
             border: the inputs and the states that enter the segment.
@@ -343,7 +343,7 @@ class _MultiAxisCheckpoint(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, walk: _Walk, inputs: torch.Tensor, *tensors: torch.Tensor):
-        """Walks the sequence and keeps the borders.
+        """Walk the sequence and keep the borders.
 
         Args:
             walk: its first segment has run.
@@ -371,7 +371,7 @@ class _MultiAxisCheckpoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, *grad_final):
-        """Walks back, and restores one cell at a time (Algorithm 2)."""
+        """Walk back, and restore one cell at a time (Algorithm 2)."""
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "Multi-axis gradient checkpointing gives first derivatives only: call backward() without "
@@ -412,7 +412,7 @@ class _MultiAxisCheckpoint(torch.autograd.Function):
 
 
 def _borders_backwards(ctx, inputs: torch.Tensor, initial: list[torch.Tensor]) -> Iterator[tuple[int, Border]]:
-    """Yields each segment from the last to the first, with its inputs and the states that enter it."""
+    """Yield each segment from the last to the first, with its inputs and the states that enter it."""
     walk, borders = ctx.walk, ctx.borders
 
     def fetch_states(segment):
@@ -451,7 +451,7 @@ def run_checkpointed(
     positions_to_keep: torch.Tensor | None = None,
     **layer_kwargs: Any,
 ) -> torch.Tensor:
-    """Runs a stack of layers over a sequence and keeps for backward only the checkpoints of the plan.
+    """Run a stack of layers over a sequence and keep for backward only the checkpoints of the plan.
 
     Hooks in the layers see one segment at a time.
 

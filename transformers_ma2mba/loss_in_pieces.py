@@ -56,7 +56,7 @@ class _Head:
 
 
 def _forward_in_pieces(head: Callable, hidden_states_KD, targets_S, rows_S, positions_per_piece):
-    """Computes the sum of the losses, and the log-sum-exp of each supervised position's logits, `(S,)`."""
+    """Compute the sum of the losses, and the log-sum-exp of each supervised position's logits, `(S,)`."""
     losses, log_sums = [], []
     # Without positions there is one empty piece, whose loss has the right type and device.
     for rows_P, targets_P in zip(rows_S.split(positions_per_piece), targets_S.split(positions_per_piece), strict=True):

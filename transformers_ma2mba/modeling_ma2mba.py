@@ -86,12 +86,12 @@ class Ma2mbaMultiModalProjector(nn.Module):
         self.linear_2 = nn.Linear(width, width, bias=config.multimodal_projector_bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Projects `(..., vision_width)` features to `(..., hidden_size)`."""
+        """Project `(..., vision_width)` features to `(..., hidden_size)`."""
         return self.linear_2(self.act(self.linear_1(features)))
 
 
 def pool_patches(features_FPC: torch.Tensor, mode: str, stride: int) -> torch.Tensor:
-    """Pools a square grid of patch features (paper §3.4).
+    """Pool a square grid of patch features (paper §3.4).
 
     Args:
         features_FPC: `(num_frames, patches_per_side ** 2, vision_width)`, row by row.
@@ -129,7 +129,7 @@ class Ma2mbaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def tie_weights(self, *args, **kwargs):
-        """Ties the head to the embeddings, and freezes the unused layers of the vision encoder."""
+        """Tie the head to the embeddings, and freeze the unused layers of the vision encoder."""
         super().tie_weights(*args, **kwargs)
         # Building and loading both end here. Loading makes new parameters, all of which require gradients.
         for module in self.modules():
@@ -137,7 +137,7 @@ class Ma2mbaPreTrainedModel(PreTrainedModel):
                 module.freeze_unused_vision_layers()
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, every_n_layers=1, offload=False):
-        """Switches on MA-GC, multi-axis gradient checkpointing (paper §3.2): exact gradients, activation memory O(S).
+        """Switch on MA-GC, multi-axis gradient checkpointing (paper §3.2): exact gradients, activation memory O(S).
 
         Backward also restores the vision encoder, `config.frames_per_vision_pass` frames at a time.
         `activation_checkpointing_enable` calls this method with the same arguments.
@@ -156,7 +156,7 @@ class Ma2mbaPreTrainedModel(PreTrainedModel):
         )
 
     def gradient_checkpointing_disable(self):
-        """Switches MA-GC off: the forward pass is the plain one again."""
+        """Switch MA-GC off: the forward pass is the plain one again."""
         disable_multi_axis_checkpointing(self)
 
     @property
@@ -184,7 +184,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         hold(self)  # a copy may be compiled before it is first called
 
     def freeze_unused_vision_layers(self):
-        """Freezes the layers of the vision encoder above `vision_feature_layer`, whose output nothing uses.
+        """Freeze the layers of the vision encoder above `vision_feature_layer`, whose output nothing uses.
 
         They never get a gradient, and DDP and ZeRO would wait for one.
         """
@@ -199,7 +199,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value):
-        """Replaces the embeddings of the language model."""
+        """Replace the embeddings of the language model."""
         self.language_model.set_input_embeddings(value)
 
     def _check_pixels(self, pixels: torch.Tensor, name: str):
@@ -218,7 +218,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
             raise ValueError(f"{name} must be uint8, or floating point if already normalised; got {pixels.dtype}.")
 
     def _encode_frames(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Encodes `(F, 3, height, width)` pixels of a few frames as `(F, N, D)` tokens (paper §3.4)."""
+        """Encode `(F, 3, height, width)` pixels of a few frames as `(F, N, D)` tokens (paper §3.4)."""
         weight = self.multi_modal_projector.linear_1.weight
         device = self.vision_tower.device
         if pixels.dtype == torch.uint8:
@@ -233,7 +233,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         return self.multi_modal_projector(features_FNC.to(weight.dtype))
 
     def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """Encodes frames as tokens, a few frames at a time.
+        """Encode frames as tokens, a few frames at a time.
 
         Args:
             pixel_values_videos: `(num_frames, 3, image_size, image_size)`, the frames of all videos one after the
@@ -246,12 +246,12 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         return self._encode_in_pieces(pixel_values_videos)
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """Encodes images as tokens, each as a video of one frame; shapes as in `get_video_features`."""
+        """Encode images as tokens, each as a video of one frame; shapes as in `get_video_features`."""
         self._check_pixels(pixel_values, "pixel_values")
         return self._encode_in_pieces(pixel_values)
 
     def _encode_frames_checkpointed(self, pixels: torch.Tensor, captured: CapturedTensors | None) -> torch.Tensor:
-        """Runs `_encode_frames` such that backward runs it again, with the captured tensors.
+        """Run `_encode_frames` such that backward runs it again, with the captured tensors.
 
         A compiled graph holds tensors of its own.
         """
@@ -278,7 +278,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         return CapturedTensors(modules, with_hooks=False)
 
     def _place_features(self, inputs_embeds_BTD, input_ids_BT, features_FND, token_id, name):
-        """Replaces the embeddings of the placeholders by vision tokens, in order."""
+        """Replace the embeddings of the placeholders by vision tokens, in order."""
         if input_ids_BT is None:
             placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds_BTD.device))
             mask_BT = (inputs_embeds_BTD == placeholder).all(-1)
@@ -311,7 +311,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         return needed - own
 
     def _with_idle_pieces(self, inputs_embeds_BTD, num_pieces: int):
-        """Runs blank frames through the vision modules, which changes no value and gives gradients of zero."""
+        """Run blank frames through the vision modules, to give their parameters gradients of zero."""
         size = self.config.vision_config.image_size
         frames = torch.zeros(num_pieces, 3, size, size, dtype=torch.uint8)
         features = self._encode_in_pieces(frames, frames_per_piece=1).pooler_output
@@ -321,7 +321,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         return min(self.config.tokens_per_pass, indexable_tokens(self.config, batch_size))
 
     def _language_model_in_segments(self, inputs_embeds_BTD, cache_params, use_cache, attention_mask, **options):
-        """Runs a long sequence segment by segment, and carries the state.
+        """Run a long sequence segment by segment, and carry the state.
 
         The result is that of a single pass. Neither memory nor the offsets in kernels grow with the sequence.
         """
@@ -362,7 +362,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         positions_to_keep: torch.Tensor | None = None,
         **kwargs,
     ) -> Ma2mbaModelOutput:
-        """Runs vision encoder, projector and language model.
+        """Run vision encoder, projector and language model.
 
         Args:
             positions_to_keep: `(batch_size, sequence_length)`, True for the wanted positions. With it,
@@ -457,7 +457,7 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs,
     ) -> Ma2mbaForVideoQAOutput:
-        """Predicts the next token at each position, or the loss of such predictions.
+        """Predict the next token at each position, or the loss of such predictions.
 
         Args:
             input_ids: `(batch_size, sequence_length)`, with `config.tokens_per_frame` placeholders a frame.

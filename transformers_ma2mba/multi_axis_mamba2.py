@@ -183,7 +183,7 @@ class MultiAxisMamba2ForCausalLM(Swappable, Mamba2ForCausalLM):
 
 
 def _refuse_what_sees_the_whole_sequence(layers: nn.ModuleList):
-    """Refuses layers that cannot run segment by segment.
+    """Refuse layers that cannot run segment by segment.
 
     Raises:
         ValueError: for adapters that count positions, and for layers in PyTorch's checkpoint wrapper.

@@ -36,7 +36,7 @@ class Offloader:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def store(self, target: torch.Tensor, source: torch.Tensor):
-        """Copies into memory from `empty`. Read it by `fetch`, or after `finish`."""
+        """Copy into memory from `empty`. Read it by `fetch`, or after `finish`."""
         if not self.active or target.is_cuda:
             target.copy_(source)
             return
@@ -47,14 +47,14 @@ class Offloader:
         source.record_stream(self.outward)
 
     def end_segment(self):
-        """Waits for the stores of all but the latest segments, which hold device memory until they are done."""
+        """Wait for the stores of all but the latest segments, which hold device memory until they are done."""
         if self.active:
             self.stored.append(self.outward.record_event())
             if len(self.stored) > _STORES_UNDER_WAY:
                 self.stored.popleft().synchronize()
 
     def fetch(self, source: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Begins to copy a tensor to the device, and returns a function that waits for the copy."""
+        """Begin to copy a tensor to the device, and return a function that waits for the copy."""
         if not self.active or source.is_cuda:
             moved = source.to(self.device)
             return lambda: moved
@@ -73,14 +73,14 @@ class Offloader:
         return wait
 
     def finish(self):
-        """Waits for all copies."""
+        """Wait for all copies."""
         if self.active:
             self.outward.synchronize()
             self.inward.synchronize()
             self.stored.clear()
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Copies a tensor to host memory, differentiably; returns the tensor itself if nothing is offloaded."""
+        """Copy a tensor to host memory, differentiably; return the tensor itself if nothing is offloaded."""
         return _ToHost.apply(self, tensor) if self.active and tensor.is_cuda else tensor
 
 
@@ -106,7 +106,7 @@ class SegmentReader:
         self.ahead = {}
 
     def take(self, segment: int, following: int | None = None) -> torch.Tensor:
-        """Returns a segment on the device, and begins to fetch the `following` one, if there is one."""
+        """Return a segment on the device, and begin to fetch the `following` one, if there is one."""
         wait = self.ahead.pop(segment, None) or self._fetch(segment)
         if following is not None and 0 <= following < len(self.segments) and following not in self.ahead:
             self.ahead[following] = self._fetch(following)

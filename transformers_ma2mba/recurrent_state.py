@@ -40,7 +40,7 @@ class CarriedLayer(LinearAttentionLayer):
     """
 
     def update_conv_state(self, conv_states, state_idx=0, conv_kernel_size=None, **kwargs):
-        """Appends `(batch_size, conv_dim, tokens)` inputs of the convolution; returns them behind the old state."""
+        """Append `(batch_size, conv_dim, tokens)` inputs of the convolution; return them behind the old state."""
         if self.has_previous_state[state_idx]:
             conv_states = torch.cat([self.conv_states[state_idx], conv_states], dim=-1)
         kept = conv_states[..., -conv_kernel_size:]
@@ -49,7 +49,7 @@ class CarriedLayer(LinearAttentionLayer):
         return conv_states
 
     def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
-        """Replaces the state of the scan by `(batch_size, num_heads, head_dim, state_size)`, and returns it."""
+        """Replace the state of the scan by `(batch_size, num_heads, head_dim, state_size)`, and return it."""
         write_state(self, LayerState(self.conv_states[state_idx], recurrent_states))
         return recurrent_states
 
@@ -111,7 +111,7 @@ def read_state(layer: LinearAttentionLayer) -> LayerState:
 
 
 def write_state(layer: LinearAttentionLayer, state: LayerState):
-    """Puts a state into a layer of a cache: the tensors themselves, not copies of them."""
+    """Put a state into a layer of a cache: the tensors themselves, not copies of them."""
     layer.conv_states[0], layer.recurrent_states[0] = state
     layer.is_conv_states_initialized[0] = layer.has_previous_state[0] = state.conv is not None
     layer.is_recurrent_states_initialized[0] = state.recurrent is not None
@@ -136,7 +136,7 @@ def empty_cache(num_layers: int) -> Cache:
 
 
 def copy_cache(cache: Cache, rows: Sequence[int] | None = None) -> Cache:
-    """Copies a cache, such that continuing from the copy leaves the original unchanged.
+    """Copy a cache, such that continuing from the copy leaves the original unchanged.
 
     Args:
         rows: the samples to copy, in this order, each any number of times; all of them by default.
@@ -156,7 +156,7 @@ def copy_cache(cache: Cache, rows: Sequence[int] | None = None) -> Cache:
 
 
 def join_caches(caches: Sequence[Cache]) -> Cache:
-    """Copies the samples of several caches, in order, into one. The caches are all empty, or none is."""
+    """Copy the samples of several caches, in order, into one. The caches are all empty, or none is."""
     joined = empty_cache(len(caches[0].layers))
     for target, *layers in zip(joined.layers, *(cache.layers for cache in caches), strict=True):
         states = [read_state(layer) for layer in layers]

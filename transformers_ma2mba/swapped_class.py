@@ -13,7 +13,7 @@ from torch import nn
 
 
 def swap_class(module: nn.Module, stand_in: type):
-    """Gives a module a class in which `stand_in` precedes its stock base. A second call has no effect."""
+    """Give a module a class in which `stand_in` precedes its stock base. A second call has no effect."""
     if not isinstance(module, stand_in):
         _set_class(module, _class_with(type(module), stand_in))
 
@@ -25,7 +25,7 @@ def is_passed_by(module: nn.Module) -> bool:
 
 
 def restore_class(module: nn.Module):
-    """Restores the class that a module had, unless another class has been derived from the new one since."""
+    """Restore the class that a module had, unless another class has been derived from the new one since."""
     original = vars(type(module)).get("_swapped_class")
     if original is not None:
         _set_class(module, original)
