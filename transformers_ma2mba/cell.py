@@ -204,7 +204,15 @@ class Cell(Block):
         self.caches = [cache_for(modules[index]) for index in layers]
 
     def run(self, segment: int, border: Border) -> Border:
-        """Compute `(batch_size, tokens, hidden_size)` and the states of [`LayerState`] after the segment."""
+        """Run the layers over a segment.
+
+        Args:
+            border: hidden states, `(batch_size, tokens, hidden_size)`, and for each layer the states before the
+                segment, `(batch_size, conv_dim, conv_kernel)` and `(batch_size, num_heads, head_dim, state_size)`.
+
+        Returns:
+            The hidden states above the cell and the states after the segment, in the same shapes.
+        """
         hidden_states_BTD, states = border.hidden_states, []
         for forward, cache, before in zip(self.forwards, self.caches, border.states, strict=True):
             write_state(cache.layers[-1], before)

@@ -26,7 +26,11 @@ _MAX_HEADER_BYTES = 2**24  # a thousand layers need less than half of a megabyte
 
 
 class LayerState(NamedTuple):
-    """The recurrent state of one layer; both tensors are None before the first token."""
+    """The recurrent state of one layer; both tensors are None before the first token.
+
+    conv: `(batch_size, conv_dim, conv_kernel)`, the last inputs of the convolution.
+    recurrent: `(batch_size, num_heads, head_dim, state_size)`, the state of the scan.
+    """
 
     conv: torch.Tensor | None = None
     recurrent: torch.Tensor | None = None
