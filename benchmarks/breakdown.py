@@ -1,39 +1,40 @@
-"""Where the time goes on a GPU, what share of the chip's peak that is, and whether copies to the host cost any.
+"""The time of each part of the model on a GPU, its share of the chip's peak, and the cost of copies to the host.
 
     python benchmarks/breakdown.py --device cuda             # Video-Ma²mba-3.1B and its Mamba-2-2.7B; two minutes
     python benchmarks/breakdown.py --device cuda --resume --what offload
 
     watching   seconds of decoding a film (640 x 360, on the CPU, resized), and of each part of the model on as many
-               frames, each part waited for; and the kernels of the same by kind
-    training   the kernels of one step (`training_step.py`, MA-GC, 2^16 tokens) by kind
-    offload    one step with checkpoints in host memory, 2^17 tokens: what share of the time in which something is
-               copied between host and device a kernel runs too, by PyTorch's profiler
+               frames, waiting for the device after each part; and seconds of the kernels by kind
+    training   seconds of the kernels of one step (`common/training_step.py`, MA-GC, 2^16 tokens) by kind
+    offload    one step with checkpoints in host memory, 2^17 tokens: the share of the time of copies between host and
+               device in which a kernel runs too, by PyTorch's profiler
 
-Model FLOPs are those that the model needs, not those that checkpointing repeats: 2 for a weight of a matrix and a row,
-for a Mamba-2 layer and token 2 D (2 E + 2 G N + H) + 2 E D for its projections, 2 k (E + 2 G N) for the convolution,
-and Q (G N + E) + 4 N E for the scan in chunks of Q, of whose square half is needed; for a layer of the vision tower
-with T patches of width W and inner width I, T (8 W^2 + 4 W I) + 4 T^2 W; backward twice as many. Their share of the
-peak is that of 989 TFLOP/s, an H100's and H200's in dense bfloat16.
+Model FLOPs are those that the model needs, without those that checkpointing repeats. A matrix product takes 2 for each
+weight and row. A Mamba-2 layer takes for each token 2 D (2 E + 2 G N + H) + 2 E D for its projections,
+2 K (E + 2 G N) for the convolution, and Q (G N + E) + 4 N E for the scan in chunks of Q, which needs half of each
+chunk's square. A layer of the vision tower with T patches of width W and inner width I takes T (8 W^2 + 4 W I) +
+4 T^2 W. Backward takes twice as many. The peak is 989 TFLOP/s, that of an H100 and an H200 in dense bfloat16.
 
 Writes `breakdown.json` to `benchmarks/results`.
 """
 
 import json
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from film import duration, load_model, random_frames, wait_for
-from recording import Record, describe_environment, print_rows, run_benchmark, table, worker_rows
+from common.films import write_film
+from common.options import base_job, base_parser, parse_step
+from common.recording import Record, describe_environment, run_benchmark, table, worker_rows
+from common.training_step import PREDICTED, TrainingStep
+from common.video_model import duration, load_model, random_frames, synchronize, watch_pieces
 from torch import nn
-from training_step import PREDICTED, TrainingStep, base_job, base_parser, goes_by_method, parse
 
 PEAK_FLOPS = 989e12
-# The first kind whose pattern is found in a kernel's name counts.
+# A kernel's kind is the first whose pattern is found in its name.
 KINDS = {
     "scan": r"chunk_scan|chunk_state|state_passing|chunk_cumsum|bmm_chunk|ssd",
     "convolution": r"conv1d",
@@ -48,7 +49,7 @@ Interval = tuple[float, float]
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same time as intervals that do not touch, in order."""
+    """Return the same time as intervals that do not touch, in order."""
     merged: list[Interval] = []
     for start, end in sorted(intervals):
         if merged and start <= merged[-1][1]:
@@ -59,12 +60,12 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def length_of(intervals: Iterable[Interval]) -> float:
-    """The time that is in at least one of them."""
+    """Return the time that at least one interval covers."""
     return sum(end - start for start, end in union(intervals))
 
 
 def overlap(copies: Iterable[Interval], kernels: Iterable[Interval]) -> float:
-    """How much of the time in which something is copied a kernel runs too."""
+    """Return the time in which both a copy and a kernel run."""
     first, second, common = union(copies), union(kernels), 0.0
     while first and second:
         common += max(0.0, min(first[-1][1], second[-1][1]) - max(first[-1][0], second[-1][0]))
@@ -73,7 +74,7 @@ def overlap(copies: Iterable[Interval], kernels: Iterable[Interval]) -> float:
 
 
 def mamba2_flops(config) -> float:
-    """Of one token forward through the layers of a language model."""
+    """Return the FLOPs of one token forward through the layers of a language model."""
     inner, groups = config.expand * config.hidden_size, config.n_groups * config.state_size
     projections = 2 * config.hidden_size * (2 * inner + 2 * groups + config.num_heads) + 2 * inner * config.hidden_size
     convolution = 2 * config.conv_kernel * (inner + 2 * groups)
@@ -82,12 +83,12 @@ def mamba2_flops(config) -> float:
 
 
 def head_flops(config) -> float:
-    """Of one position."""
+    """Return the FLOPs of the head at one position."""
     return 2 * config.hidden_size * config.vocab_size
 
 
 def vision_flops(config) -> float:
-    """Of one frame through the layers of the vision tower that its features come from."""
+    """Return the FLOPs of one frame through the layers of the vision tower that its features come from."""
     vision = config.vision_config
     patches, width = (vision.image_size // vision.patch_size) ** 2, vision.hidden_size
     tokens = patches + 1
@@ -97,7 +98,7 @@ def vision_flops(config) -> float:
 
 
 def projector_flops(config) -> float:
-    """Of one frame."""
+    """Return the FLOPs of the projector for one frame."""
     width = config.text_config.hidden_size
     return 2 * config.tokens_per_frame * width * (config.vision_config.hidden_size + width)
 
@@ -107,7 +108,7 @@ def share_of_peak(flops: float, seconds: float, device: str) -> float | None:
 
 
 def trace(call: Callable[[], object], device: torch.device) -> list[dict]:
-    """What the profiler saw of a call: events of a Chrome trace, with microseconds."""
+    """Return the profile of a call as events of a Chrome trace, with times in microseconds."""
     from torch.profiler import ProfilerActivity, profile
 
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
@@ -120,12 +121,12 @@ def trace(call: Callable[[], object], device: torch.device) -> list[dict]:
 
 
 def interval(event: dict) -> Interval:
-    """In seconds."""
+    """Return the start and the end of an event in seconds."""
     return event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6
 
 
 def kernels_by_kind(events: list[dict]) -> dict[str, float]:
-    """Seconds of kernels and of what the device sets, by `KINDS`, the longest first."""
+    """Return the seconds of kernels and of memory sets by `KINDS`, the longest first."""
     seconds = {}
     for event in events:
         if event.get("cat") in ("kernel", "gpu_memset"):
@@ -136,7 +137,7 @@ def kernels_by_kind(events: list[dict]) -> dict[str, float]:
 
 
 def copies_and_kernels(events: list[dict]) -> dict:
-    """How the copies between host and device lie beside the kernels."""
+    """Return the copies between host and device, and the part of their time in which kernels run."""
     kernels = [interval(event) for event in events if event.get("cat") == "kernel"]
     found = {"kernel_seconds": round(length_of(kernels), 4)}
     for name, mark in (("to_host", "DtoH"), ("to_device", "HtoD"), ("both", "to")):
@@ -154,32 +155,31 @@ def copies_and_kernels(events: list[dict]) -> dict:
 
 
 class PhaseTimer:
-    """Seconds that modules take, the device waited for before and after each."""
+    """Seconds of modules, which wait for the device before and after each call."""
 
     def __init__(self, model: nn.Module, modules: dict[str, nn.Module]):
         self.seconds, self.handles, self.started = dict.fromkeys(modules, 0.0), [], {}
         for name, module in modules.items():
 
             def start(*_, name=name):
-                wait_for(model)
+                synchronize(model)
                 self.started[name] = time.perf_counter()
 
             def stop(*_, name=name):
-                wait_for(model)
+                synchronize(model)
                 self.seconds[name] += time.perf_counter() - self.started[name]
 
             self.handles += [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]
 
     def remove(self) -> dict[str, float]:
+        """Remove the hooks and return the seconds."""
         for handle in self.handles:
             handle.remove()
         return self.seconds
 
 
 def measure_decoding(num_seconds: int, size: int) -> float:
-    """Seconds to read a film of so many at one frame a second, resized."""
-    from video_reader import write_film
-
+    """Return the seconds to read a film of `num_seconds` at one frame a second, resized to `size`."""
     from transformers_ma2mba import Ma2mbaVideoProcessor, iter_frames
 
     fit = Ma2mbaVideoProcessor(size={"height": size, "width": size}).frame_fitter()
@@ -193,7 +193,7 @@ def measure_decoding(num_seconds: int, size: int) -> float:
 
 
 def measure_watching(job: dict) -> dict:
-    """Each phase on a film of `job["size"]` seconds."""
+    """Return the row of watching a film of `job["size"]` seconds, with each phase."""
     num_frames = job["size"]
     model = load_model(job)
     config = model.config
@@ -201,15 +201,8 @@ def measure_watching(job: dict) -> dict:
     trunk = {"vision": model.model.vision_tower, "projection": model.model.multi_modal_projector}
     trunk |= {"language model": model.model.language_model, "head": model.lm_head}
 
-    @torch.no_grad()
     def watch():
-        cache = None
-        for piece in frames.split(job["frames_per_piece"]):
-            features = model.get_video_features(piece).pooler_output
-            embeddings = features.reshape(1, -1, features.shape[-1])
-            outputs = model(inputs_embeds=embeddings, cache_params=cache, use_cache=True, logits_to_keep=1)
-            cache = outputs.cache_params
-        wait_for(model)
+        watch_pieces(model, frames, job["frames_per_piece"])
 
     watch()
     start = time.perf_counter()
@@ -242,7 +235,7 @@ def measure_watching(job: dict) -> dict:
 
 
 def measure_training(job: dict) -> dict:
-    """One step, and one that is profiled."""
+    """Return the row of one step, and the profile of another."""
     length = job["size"]
     step = TrainingStep(job)
     config = step.model.config
@@ -270,6 +263,7 @@ MEASUREMENTS = {"watching": measure_watching, "training": measure_training, "off
 
 
 def measure_one(job: dict) -> Iterator[dict]:
+    """Yield the row of the job's measurement."""
     try:
         yield MEASUREMENTS[job["what"]](job)
     except torch.OutOfMemoryError:
@@ -281,26 +275,12 @@ def percentage(share: float | None) -> str:
 
 
 def report(results: dict) -> str:
-    """The results as a Markdown page."""
+    """Return the results as a Markdown page."""
     rows = {row["what"]: row for row in results["rows"]}
-    text = []
-    watching = rows.get("watching", {})
-    if "seconds" in watching:
-        shares = watching["shares_of_peak"]
-        lines = [
-            [name, f"{seconds:.2f}", f"{watching['flops'].get(name, 0) / 1e12:,.2f}", percentage(shares.get(name))]
-            for name, seconds in watching["phases"].items()
-        ]
-        whole = [f"{watching['seconds']:.2f}", f"{watching['flops']['all'] / 1e12:,.2f}", percentage(shares["all"])]
-        text += [
-            f"Watching {duration(watching['frames'])} of film, each phase waited for; all of the model at once below:",
-            "",
-            *table(["phase", "seconds", "model TFLOP", "of the peak"], [*lines, ["the model at once", *whole]]),
-            "",
-        ]
-    for name in ("training", "offload"):
-        row = rows.get(name, {})
-        if "seconds" in row:
+    measured = {name: row for name, row in rows.items() if "seconds" in row}
+    text = report_watching(measured["watching"]) if "watching" in measured else []
+    for name, row in measured.items():
+        if name != "watching":
             kind = "with checkpoints in host memory" if name == "offload" else "with MA-GC"
             text += [
                 f"A training step {kind}, {row['length']:,} tokens: {row['seconds']:.2f} s, "
@@ -308,41 +288,53 @@ def report(results: dict) -> str:
                 f"{percentage(row['share_of_peak'])} of the peak.",
                 "",
             ]
-    kernels = {name: row["kernels"] for name, row in rows.items() if row.get("kernels")}
+    kernels = {name: row["kernels"] for name, row in measured.items() if row["kernels"]}
     if kernels:
         kinds = list(dict.fromkeys(kind for seconds in kernels.values() for kind in seconds))
         lines = [[kind, *(f"{seconds.get(kind, 0):.2f}" for seconds in kernels.values())] for kind in kinds]
         text += ["Seconds of kernels by kind:", "", *table(["kernels", *kernels], lines), ""]
-    copies = rows.get("offload", {}).get("copies")
-    if copies:
-        lines = []
-        for name, label in (("to_host", "to the host"), ("to_device", "to the device"), ("both", "both")):
-            one = copies[name]
-            times = [f"{one['seconds']:.2f}", f"{one['beside_kernels']:.2f}", percentage(one["share"])]
-            lines.append([label, f"{one['bytes'] / 1e9:.2f}", *times])
-        header = ["copies", "GB", "seconds", "of them beside kernels", "share"]
-        text += ["Copies of that step between device and host:", "", *table(header, lines), ""]
-    missing = [
-        f"{name}: {row.get('skipped') or row.get('failed')}" for name, row in rows.items() if "seconds" not in row
-    ]
+    if "offload" in measured:
+        text += report_copies(measured["offload"]["copies"])
+    missing = [f"{name}: {row.get('skipped') or row['failed']}" for name, row in rows.items() if name not in measured]
     text += [*([f"Not measured: {'; '.join(missing)}.", ""] if missing else []), describe_environment(results), ""]
     return "\n".join(text)
+
+
+def report_watching(row: dict) -> list[str]:
+    """Return lines of the page: a table of the phases of watching."""
+    lines = []
+    for name, seconds in {**row["phases"], "all": row["seconds"]}.items():
+        flops = f"{row['flops'].get(name, 0) / 1e12:,.2f}"
+        label = "the model at once" if name == "all" else name
+        lines.append([label, f"{seconds:.2f}", flops, percentage(row["shares_of_peak"].get(name))])
+    return [
+        f"Watching {duration(row['frames'])} of film, waiting for each phase; below, the whole model without waiting:",
+        "",
+        *table(["phase", "seconds", "model TFLOP", "of the peak"], lines),
+        "",
+    ]
+
+
+def report_copies(copies: dict) -> list[str]:
+    """Return lines of the page: a table of the copies of the step with checkpoints in host memory."""
+    lines = []
+    for name, label in (("to_host", "to the host"), ("to_device", "to the device"), ("both", "both")):
+        one = copies[name]
+        times = [f"{one['seconds']:.2f}", f"{one['beside_kernels']:.2f}", percentage(one["share"])]
+        lines.append([label, f"{one['bytes'] / 1e9:.2f}", *times])
+    header = ["copies", "GB", "seconds", "seconds beside kernels", "share"]
+    return ["Copies of that step between device and host:", "", *table(header, lines), ""]
 
 
 def main():
     parser = base_parser(__doc__)
     parser.add_argument("--what", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS), help="default: all")
-    arguments = parse(parser)
-    if arguments.worker:
-        print_rows(measure_one(arguments.worker))
-        return
-    if not goes_by_method(arguments):
-        sys.exit("This is about a GPU: --device cuda, or --tiny to rehearse it.")
+    arguments = parse_step(parser, measure_one)
     job = {**base_job(arguments), "preset": arguments.preset or (None if arguments.tiny else "3.1b")}
     job["frames_per_piece"] = 1 if arguments.tiny else 48
     sizes = SIZES[arguments.device]
 
-    def measure(record: Record):
+    def measure(record: Record) -> None:
         for what in arguments.what:
             if record.has(what=what):
                 continue

@@ -152,7 +152,7 @@ for module in (torch, triton, transformers, mamba_ssm, causal_conv1d): print(mod
 
 check() {
     run "$PYTHON" -m pytest -q -p no:cacheprovider tests/interpreted_kernels
-    run "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_host_copies.py -k gpu
+    run "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_offload.py -k gpu
 }
 
 # A script of benchmarks/, which takes up what an earlier call has measured.

@@ -1,30 +1,29 @@
-"""Whether a flash of one second is remembered, by the length of the film and by where in it the flash is.
+"""The share of films of which the model remembers a flash of one second, by the film's length and the flash's place.
 
     python benchmarks/needle.py                                    # six minutes on one core
     python benchmarks/needle.py --minutes 1 2 4 --films 8 --output_dir elsewhere
     python benchmarks/needle.py --plot_only                        # draw the results again
 
-With the model that ships with the package, which was trained on films of 8 to 20 seconds. Films are those of
+The model is the one that ships with the package, trained on films of 8 to 20 seconds. The films are those of
 `examples/make_videos.py`, of two kinds:
 
     quiet   nothing but the flash happens
     busy    the five other events of the training films happen, too, once each, anywhere in the film
 
-Each film is rendered and watched by `qa.watch` from its first second to its last, one frame a second, without a video
-codec between. Colours are equally frequent in each cell, so guessing one gets 0.25. An answer is right if it is the
-colour's name and nothing else; how often the right one of the four colours is the likeliest is noted, too ("ranked").
+`qa.watch` watches each rendered film from its first second to its last, one frame a second, without a video codec. All
+colours are equally frequent in each group of films (a length and a place), so guessing gets 0.25. An answer is right
+if it is the colour's name and nothing else; "ranked" counts the films whose right colour is the likeliest of the four.
 Writes `needle.json` and `needle.png` to `benchmarks/results`.
 """
 
-import argparse
-import json
 import random
 import sys
 import time
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
-from video_reader import RESULTS, environment
+from common.figure import import_pyplot
+from common.recording import VIDEO_PACKAGES, describe_run, new_parser, publish, table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from make_videos import COLOURS, FPS, QUESTIONS, plan_film, render
@@ -39,7 +38,7 @@ QUESTION = QUESTIONS["flash"][0]
 
 
 def plan(scene: str, seconds: int, depth: int, colour: str, rng: random.Random) -> dict:
-    """A film, as `render` takes it, with its flash at `depth` percent."""
+    """Return a film for `render` with its flash at `depth` percent."""
     answers = {kind: rng.choice(choices) for kind, (_, choices) in QUESTIONS.items()}
     film = plan_film(seconds, {**answers, "flash": colour}, rng)
     film["flash"] = (colour, round((seconds - 1) * depth / 100))
@@ -50,7 +49,7 @@ def plan(scene: str, seconds: int, depth: int, colour: str, rng: random.Random) 
 
 
 def measure_cell(qa, scene: str, minutes: float, depth: int, num_films: int, seed: int) -> dict:
-    """How many of `num_films` films are answered rightly, and what was said."""
+    """Return the answers on `num_films` films and the share of right ones."""
     colours, said, ranked = list(COLOURS), [], 0
     start = time.perf_counter()
     for index in range(num_films):
@@ -74,21 +73,16 @@ def measure_cell(qa, scene: str, minutes: float, depth: int, num_films: int, see
 
 
 def grid(results: dict, scene: str, name: str) -> list[list[float]]:
-    """Accuracies, a row for each depth and a column for each length."""
+    """Return accuracies, a row for each depth and a column for each length."""
     cells = {(cell["minutes"], cell["depth"]): cell[name] for cell in results["cells"] if cell["scene"] == scene}
     return [[cells[minutes, depth] for minutes in results["minutes"]] for depth in results["depths"]]
 
 
 def draw(results: dict, path: Path) -> None:
-    """A heat map for each kind of film: length, depth, accuracy."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("Nothing is drawn: that needs matplotlib, pip install -e .[benchmarks].")
+    """Draw a heat map for each kind of film: length, depth, accuracy."""
+    pyplot = import_pyplot()
+    if pyplot is None:
         return
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     scenes, columns, rows = results["scenes"], results["minutes"], results["depths"]
     size = (2.2 + 0.85 * len(columns), 1.0 + (0.7 + 0.45 * len(rows)) * len(scenes))
     figure, axes = pyplot.subplots(len(scenes), figsize=size, sharex=True, squeeze=False, layout="constrained")
@@ -122,70 +116,56 @@ def draw(results: dict, path: Path) -> None:
     figure.savefig(path, dpi=160)
 
 
-def table(results: dict) -> str:
-    """Accuracy by length in Markdown, over all depths."""
-    lines = [
-        "| films | answers | " + " | ".join(f"{minutes:g} min" for minutes in results["minutes"]) + " |",
-        "| --- | --- |" + " ---: |" * len(results["minutes"]),
-    ]
+def report(results: dict) -> str:
+    """Return accuracy by length in Markdown, over all depths."""
+    lines = []
     for scene in results["scenes"]:
         for name, answers in (("accuracy", "word for word"), ("ranked_accuracy", "ranked")):
             columns = zip(*grid(results, scene, name), strict=True)
-            means = " | ".join(f"{sum(column) / len(column):.2f}" for column in columns)
-            lines.append(f"| {scene} | {answers} | {means} |")
-    return "\n".join(lines)
+            lines.append([scene, answers, *(f"{sum(column) / len(column):.2f}" for column in columns)])
+    header = ["films", "answers", *(f"{minutes:g} min" for minutes in results["minutes"])]
+    return "\n".join(table(header, lines, left=2))
+
+
+def measure_all(arguments) -> dict:
+    """Return the results of all kinds of film, lengths and depths."""
+    import torch
+    from transformers import pipeline
+
+    import transformers_ma2mba  # noqa: F401  registers the pipeline
+
+    torch.set_num_threads(1)
+    qa = pipeline("video-question-answering")
+    cells = []
+    for scene, minutes, depth in product(arguments.scenes, arguments.minutes, arguments.depths):
+        cell = measure_cell(qa, scene, minutes, depth, arguments.films, arguments.seed)
+        cells.append(cell)
+        shares = f"{cell['accuracy']:.2f}, ranked {cell['ranked_accuracy']:.2f} ({cell['seconds']:.0f} s)"
+        print(f"{scene}, {minutes:g} min, flash at {depth} %: {shares}", flush=True)
+    return {
+        **describe_run(__file__, packages=VIDEO_PACKAGES),
+        "question": QUESTION,
+        "chance": 1 / len(COLOURS),
+        "films_per_cell": arguments.films,
+        "films": arguments.films * len(cells),
+        "scenes": arguments.scenes,
+        "minutes": arguments.minutes,
+        "depths": arguments.depths,
+        "cells": cells,
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--minutes", nargs="+", type=float, default=MINUTES, help="lengths of films")
     parser.add_argument("--depths", nargs="+", type=int, default=DEPTHS, help="places of the flash, in percent")
-    parser.add_argument("--films", type=int, default=4, help="in each cell, a multiple of 4 (default: %(default)s)")
+    parser.add_argument("--films", type=int, default=4, help="of a length and place, a multiple of 4 (default: 4)")
     parser.add_argument("--scenes", nargs="+", choices=SCENES, default=list(SCENES), help="default: both")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="default: benchmarks/results")
-    parser.add_argument("--plot_only", action="store_true", help="draw the results of an earlier run again")
     arguments = parser.parse_args()
     if arguments.films < 1 or arguments.films % len(COLOURS):
-        parser.error(f"--films must be a multiple of {len(COLOURS)}: each colour as often; got {arguments.films}")
-    path = arguments.output_dir / "needle.json"
-    if arguments.plot_only:
-        results = json.loads(path.read_text())
-    else:
-        import torch
-        from transformers import pipeline
-
-        import transformers_ma2mba  # noqa: F401  registers the pipeline
-
-        torch.set_num_threads(1)
-        qa = pipeline("video-question-answering")
-        cells = []
-        for scene in arguments.scenes:
-            for minutes in arguments.minutes:
-                for depth in arguments.depths:
-                    cell = measure_cell(qa, scene, minutes, depth, arguments.films, arguments.seed)
-                    cells.append(cell)
-                    print(
-                        f"{scene}, {minutes:g} min, flash at {depth} %: {cell['accuracy']:.2f}, ranked "
-                        f"{cell['ranked_accuracy']:.2f} ({cell['seconds']:.0f} s)",
-                        flush=True,
-                    )
-        results = {
-            "command": " ".join(["python benchmarks/needle.py", *sys.argv[1:]]),
-            "environment": {**environment(), "date": time.strftime("%Y-%m-%d")},
-            "question": QUESTION,
-            "chance": 1 / len(COLOURS),
-            "films_per_cell": arguments.films,
-            "films": arguments.films * len(cells),
-            "scenes": arguments.scenes,
-            "minutes": arguments.minutes,
-            "depths": arguments.depths,
-            "cells": cells,
-        }
-        arguments.output_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
-    draw(results, path.with_suffix(".png"))
-    print(table(results))
+        parser.error(f"--films must be a multiple of {len(COLOURS)}, the number of colours; got {arguments.films}")
+    publish(arguments, "needle", lambda: measure_all(arguments), report, draw)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,26 @@
-"""How long the processor takes for the text of a two-hour film: 7,200 frames of 144 placeholders.
+"""Seconds that the processor takes for the text of a two-hour film: 7,200 frames of 144 placeholders.
 
     python benchmarks/processor.py
 
-Frames are given as they are, so that nothing is decoded or resized. Compared with what the tokenizer would need for
-the same text with every placeholder written out. Writes `benchmarks/results/processor.json`.
+The frames are tensors of the right size, so nothing is decoded or resized. The tokenizer alone, on the same text with
+every placeholder written out, is the comparison. Writes `benchmarks/results/processor.json`.
 """
 
 import json
-import platform
-import sys
 import time
-from pathlib import Path
 
-import tokenizers
 import torch
-import transformers
-from transformers import AutoProcessor
+from common.recording import describe_run, new_parser, publish
+from transformers import pipeline
 
-from transformers_ma2mba.auto import DEFAULT_CHECKPOINT
+import transformers_ma2mba  # noqa: F401  registers the pipeline
 
 SECONDS, TOKENS_PER_FRAME = 7200, 144
 
 
-def main():
-    processor = AutoProcessor.from_pretrained(DEFAULT_CHECKPOINT)
+def measure() -> dict:
+    """Return the seconds of the processor and of the tokenizer, whose ids must be the same."""
+    processor = pipeline("video-question-answering").processor
     processor.tokens_per_frame = TOKENS_PER_FRAME
     frames = torch.zeros(SECONDS, 3, 8, 8, dtype=torch.uint8)
     content = [{"type": "video", "video": frames}, {"type": "text", "text": "Which shape appears?"}]
@@ -49,22 +46,16 @@ def main():
     written_out = processor.tokenizer(text)["input_ids"]
     stock = time.perf_counter() - start
     assert written_out == inputs["input_ids"][0].tolist()
-
-    results = {
+    return {
         "placeholders": placeholders,
         "seconds": round(ours, 3),
         "seconds_of_the_tokenizer_alone_with_placeholders_written_out": round(stock, 3),
-        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {
-            "python": platform.python_version(),
-            "tokenizers": tokenizers.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "command": f"python {' '.join(sys.argv)}",
+        **describe_run(__file__, threads=torch.get_num_threads(), packages=["tokenizers", "torch", "transformers"]),
     }
-    print(json.dumps(results, indent=1))
-    (Path(__file__).parent / "results" / "processor.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def main():
+    publish(new_parser(__doc__).parse_args(), "processor", measure, lambda results: json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

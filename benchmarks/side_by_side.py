@@ -4,10 +4,10 @@
     python benchmarks/side_by_side.py --device cuda --authors elsewhere/ma2mba   # Mamba-2-2.7B, 2^14 to 2^19 tokens
     python benchmarks/side_by_side.py --device cuda --authors elsewhere/ma2mba --resume
 
-Both run the same step, that of `training_step.py` with random tokens, in a process of its own for each side, measured
-as there. The authors' checkout stands first on that process's PYTHONPATH, over an installed mamba-ssm, as its README
-asks. It gets two names that Transformers 5 has dropped and that it imports without need, and the calls of today's
-causal-conv1d in place of those of its time. Their code is not changed otherwise. It needs CUDA.
+Both sides run and measure the step of `common/training_step.py` with random tokens, each side in a process of its own.
+The authors' checkout stands first on its process's PYTHONPATH, before an installed mamba-ssm, as its README asks. It
+gets two names that it imports without need and that Transformers 5 has dropped, and the calls of today's causal-conv1d
+in place of older ones. Their code is not changed otherwise. It needs CUDA.
 
 Writes `side_by_side.json` to `benchmarks/results`.
 """
@@ -15,26 +15,17 @@ Writes `side_by_side.json` to `benchmarks/results`.
 import hashlib
 import os
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch.nn.functional as F
-from recording import Record, describe_environment, gigabytes, print_rows, reasons, run_benchmark, table
-from training_step import (
-    METHODS,
-    TINY_LENGTHS,
-    Step,
-    base_job,
-    base_parser,
-    goes_by_method,
-    measure_by_method,
-    measure_lengths,
-    parse,
-)
+from common.memory_use import gigabytes
+from common.methods import AUTHORS, METHODS, RowsByLength
+from common.options import base_job, base_parser, parse_step
+from common.recording import Record, describe_environment, reasons, run_benchmark
+from common.training_step import Step, TrainingStep, measure_by_method, measure_lengths
 
-AUTHORS = "the authors' code"
-METHODS = {**METHODS, AUTHORS: AUTHORS}
 LENGTHS = [2**14, 2**16, 2**18, 2**19]
 LINES = {
     "peak beyond weights and gradients, GB": lambda row: gigabytes(row["activation_bytes"]),
@@ -45,7 +36,7 @@ LINES = {
 
 
 def import_authors_model() -> tuple[type, type]:
-    """`MambaLMHeadModel` and `MambaConfig` of the checkout that comes first on the path."""
+    """Return `MambaLMHeadModel` and `MambaConfig` of the checkout that is first on the path."""
     from transformers import generation
 
     for name in ("GreedySearchDecoderOnlyOutput", "SampleDecoderOnlyOutput"):
@@ -59,7 +50,7 @@ def import_authors_model() -> tuple[type, type]:
         raise ImportError("The mamba_ssm on the path is not the authors': give their checkout as --authors.")
     try:
         from causal_conv1d import cpp_functions
-    except ImportError:  # of their time
+    except ImportError:  # a causal-conv1d as old as their code
         return MambaLMHeadModel, MambaConfig
     ssd_combined.causal_conv1d_cuda = SimpleNamespace(
         causal_conv1d_fwd=cpp_functions.causal_conv1d_fwd_function,
@@ -69,7 +60,7 @@ def import_authors_model() -> tuple[type, type]:
 
 
 class AuthorsStep(Step):
-    """The authors' model with their checkpointing, in the shape of the job."""
+    """A step of the authors' model with their checkpointing, in the shape of the job."""
 
     def make_model(self, job: dict):
         model_class, config_class = import_authors_model()
@@ -98,7 +89,7 @@ class AuthorsStep(Step):
 
 
 def describe_authors(checkout: Path) -> dict[str, str]:
-    """Which version of their code it is."""
+    """Return the version of their code."""
     source = (checkout / "mamba_ssm" / "models" / "mixer_seq_simple.py").read_bytes()
     version = {"sha256 of mixer_seq_simple.py": hashlib.sha256(source).hexdigest()}
     if (checkout / ".git").exists():
@@ -107,29 +98,26 @@ def describe_authors(checkout: Path) -> dict[str, str]:
     return version
 
 
+def measure_side(job: dict) -> Iterator[dict]:
+    """Yield the rows of the job's method."""
+    return measure_lengths(job, AuthorsStep if job["method"] == AUTHORS else TrainingStep)
+
+
 def report(results: dict) -> str:
-    """The results as a Markdown page."""
-    rows = {(row["method"], row["length"]): row for row in results["rows"]}
-    lengths = sorted({length for _, length in rows})
-    methods = list(dict.fromkeys(method for method, _ in rows))
+    """Return the results as a Markdown page."""
+    found = RowsByLength(results)
     lines = []
     for name, cell in LINES.items():
-        for method in methods:
-            found = [rows.get((method, length), {}) for length in lengths]
-            lines.append([f"{METHODS[method]}: {name}", *(cell(row) if "seconds" in row else "–" for row in found)])
+        lines += [found.line(f"{METHODS.get(m, m)}: {name}", m, cell) for m in found.methods]
     for name, entry in (("memory beyond weights and gradients", "activation_bytes"), ("speed", "tokens_per_second")):
-        for method in (method for method in methods if method != AUTHORS):
-            cells = []
-            for length in lengths:
-                ours, theirs = (rows.get((side, length), {}).get(entry) for side in (method, AUTHORS))
-                cells.append(f"{ours / theirs:.2f}" if ours and theirs else "–")
-            lines.append([f"**{METHODS[method]} / {AUTHORS}: {name}**", *cells])
+        for method in (method for method in found.methods if method != AUTHORS):
+            lines.append(found.ratios(f"**{METHODS[method]} / {AUTHORS}: {name}**", method, AUTHORS, entry))
     times = sorted(row["time"] for row in results["rows"])
     authors = ", ".join(f"{name} {value}" for name, value in results["authors"].items()) or "not there"
     text = [
         f"One training step side by side, by tokens in the sequence. {AUTHORS.capitalize()}: {authors}.",
         "",
-        *table(["", *(f"{length:,}" for length in lengths)], lines),
+        *found.table("", lines),
         "",
         *reasons(results["rows"]),
         f"Measured from {times[0]} to {times[-1]}. " if times else "",
@@ -142,23 +130,17 @@ def report(results: dict) -> str:
 def main():
     parser = base_parser(__doc__)
     parser.add_argument("--authors", type=Path, help="checkout of klae01/ma2mba (default: only our side)")
-    arguments = parse(parser)
-    if arguments.worker:
-        print_rows(measure_lengths(arguments.worker, AuthorsStep))
-        return
-    if not goes_by_method(arguments):
-        sys.exit("This is a comparison on a GPU: --device cuda, or --tiny to rehearse our side of it.")
+    arguments = parse_step(parser, measure_side, LENGTHS)
     if arguments.authors and not (arguments.authors / "mamba_ssm").is_dir():
-        sys.exit(f"{arguments.authors} has no folder mamba_ssm: give a checkout of klae01/ma2mba as --authors.")
+        parser.error(f"{arguments.authors} has no folder mamba_ssm: give a checkout of klae01/ma2mba as --authors.")
     job = base_job(arguments)
-    lengths = arguments.lengths or (TINY_LENGTHS if arguments.tiny else LENGTHS)
 
-    def measure(record: Record):
-        measure_by_method(record, job, arguments.methods or ["MA-GC"], lengths, arguments.most_steps)
+    def measure(record: Record) -> None:
+        run = (arguments.lengths, arguments.most_steps, __file__)
+        measure_by_method(record, job, arguments.methods or ["MA-GC"], *run)
         if arguments.authors and arguments.device == "cuda":
             path = os.pathsep.join([str(arguments.authors.resolve()), os.environ.get("PYTHONPATH", "")])
-            options = {"script": __file__, "extra_environment": {"PYTHONPATH": path}}
-            measure_by_method(record, job, [AUTHORS], lengths, arguments.most_steps, **options)
+            measure_by_method(record, job, [AUTHORS], *run, extra_environment={"PYTHONPATH": path})
 
     head = {"job": job, "authors": describe_authors(arguments.authors) if arguments.authors else {}}
     run_benchmark(arguments, __file__, "side_by_side", head, measure, report)

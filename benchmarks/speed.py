@@ -5,11 +5,11 @@
     python benchmarks/speed.py --device cuda --resume       # Mamba-2-2.7B, 2^14 to 2^19 tokens
     python benchmarks/speed.py --plot_only                  # draw and tabulate the results again
 
-The step is that of `training_step.py`: forward and backward, as in the paper's Table 8.
+The step (`common/training_step.py`) is forward and backward, as in the paper's Table 8.
 
-On a CPU the methods take turns, so that whatever else the machine does falls on all of them: in each round each has a
-process of its own, which runs one step that does not count and two that do. The median of all rounds counts. The
-allocator is left as it is. On a GPU each method has one process; with `--resume` what `memory.py` has timed counts.
+On a CPU the methods take turns, so that other load on the machine falls on all of them. In each round each method has
+a process of its own, which runs one step that does not count and two that do. The median of all rounds counts. glibc's
+allocator keeps its own settings. On a GPU each method has one process; with `--resume` the times of `memory.py` count.
 
 Writes `speed.json`, `speed.md` and `speed.png` to `benchmarks/results`, on a GPU `speed_cuda.*`.
 """
@@ -17,115 +17,80 @@ Writes `speed.json`, `speed.md` and `speed.png` to `benchmarks/results`, on a GP
 import statistics
 from pathlib import Path
 
-from paper_figures import DEVICE, TOKENS_PER_SECOND
-from recording import Record, expected_shortage, reasons, run_benchmark, run_worker, table
-from training_step import (
-    GPU_LENGTHS,
-    GPU_METHODS,
-    METHODS,
-    REFERENCE,
-    TINY_LENGTHS,
-    base_job,
-    base_parser,
-    describe,
-    goes_by_method,
-    measure_by_method,
-    parse,
-    plan_of,
-)
-from training_step import __file__ as WORKER
+from common.figure import draw_bars
+from common.methods import METHODS, REFERENCE, RowsByLength
+from common.options import base_parser, parse_step
+from common.paper_figures import DEVICE, TOKENS_PER_SECOND
+from common.recording import Record, reasons, run_worker, table
+from common.training_step import GPU_LENGTHS, describe, measure_lengths, new_row, run_methods
 
-STEPS = 2  # that count, of a process
+STEPS = 2  # steps of a process that count
 LENGTHS = [2**11, 2**13]  # on a CPU
-BESIDE = ["method", "tokens", "tokens/s", "paper", "times"]
 
 
-def measure_all(record: Record, job: dict, methods: list[str], lengths: list[int], rounds: int) -> None:
-    """Adds a row for each length and method, measured in turns on a CPU."""
-    for length in sorted(lengths):
-        turns = {m: {"method": m, "length": length} for m in methods if not record.has(method=m, length=length)}
-        for method, row in turns.items():
-            shorter = [row for row in record.results["rows"] if row["method"] == method]
-            plan = plan_of({**job, **row})
-            if plan:
-                row["plan"] = plan
-            elif shorter:
-                reason = shorter[-1].get("skipped")
-                if not reason:
-                    reason = expected_shortage(shorter[-1]["peak_bytes"] * length // shorter[-1]["length"])
-                if reason:
-                    row["skipped"] = reason
-        for turn in range(rounds):
-            for method, row in turns.items():
-                if "skipped" in row or "failed" in row:
-                    continue
-                worker_job = {**job, "method": method, "lengths": [length], "most_steps": 1 + STEPS}
-                measured = run_worker(WORKER, worker_job)
-                if "seconds" not in measured:
-                    row |= measured
-                    continue
-                row["peak_bytes"] = measured["peak_bytes"]
-                row.setdefault("seconds", []).extend(measured["step_seconds"])
-                seconds = ", ".join(f"{second:.2f}" for second in measured["step_seconds"])
-                print(f"{length:>7,} tokens, round {turn + 1}, {METHODS[method]}: {seconds} s", flush=True)
-        for row in turns.values():
-            if "seconds" in row:
-                row["tokens_per_second"] = round(length / statistics.median(row["seconds"]), 1)
-            record.add(row)
+def measure_in_turns(record: Record, job: dict, methods: list[str], length: int, rounds: int) -> None:
+    """Add the rows of a length, whose methods take turns on a CPU."""
+    rows = [new_row(record, job, method, length) for method in methods if not record.has(method=method, length=length)]
+    for turn in range(rounds):
+        for row in rows:
+            if "skipped" not in row and "failed" not in row:
+                take_turn(row, job, turn)
+    for row in rows:
+        if "seconds" in row:
+            row["tokens_per_second"] = round(length / statistics.median(row["seconds"]), 1)
+        record.add(row)
+
+
+def take_turn(row: dict, job: dict, turn: int) -> None:
+    """Add the seconds of `STEPS` steps to a row, or the reason why there are none."""
+    method, length = row["method"], row["length"]
+    measured = run_worker(__file__, {**job, "method": method, "lengths": [length], "most_steps": 1 + STEPS})
+    if "seconds" not in measured:
+        row |= measured
+        return
+    row["peak_bytes"] = measured["peak_bytes"]
+    row.setdefault("seconds", []).extend(measured["step_seconds"])
+    seconds = ", ".join(f"{second:.2f}" for second in measured["step_seconds"])
+    print(f"{length:>7,} tokens, round {turn + 1}, {METHODS[method]}: {seconds} s", flush=True)
+
+
+def spread(row: dict) -> str:
+    """Return the median and the range of a row's seconds."""
+    seconds = row.get("step_seconds") or row["seconds"]
+    return f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
 
 
 def report(results: dict) -> str:
-    """The results as a Markdown page."""
-    rows = {(row["method"], row["length"]): row for row in results["rows"]}
-    lengths = sorted({length for _, length in rows})
-    measured = {method for method, _ in rows}
-    methods = [method for method in METHODS if method in measured]
+    """Return the results as a Markdown page."""
+    found = RowsByLength(results)
+    entry = "tokens_per_second"
 
-    def line(name: str, cell) -> list[str]:
-        return [name, *(cell(length) for length in lengths)]
+    def lines(cell) -> list[list[str]]:
+        return [found.line(METHODS[method], method, cell) for method in found.methods]
 
-    def speed(method, length) -> float | None:
-        return rows[method, length].get("tokens_per_second") if (method, length) in rows else None
-
-    def tokens(method, length) -> str:
-        return f"{speed(method, length):,.0f}" if speed(method, length) else "–"
-
-    def ratio(method, length) -> str:
-        ours, reference = speed(method, length), speed(REFERENCE, length)
-        return f"{ours / reference:.2f}" if ours and reference else "–"
-
-    def spread(method, length) -> str:
-        row = rows.get((method, length), {})
-        seconds = row.get("step_seconds") or row.get("seconds")
-        if not seconds:
-            return "–"
-        return f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
-
-    header = [f"{length:,}" for length in lengths]
     paper = []
-    for method, figures in TOKENS_PER_SECOND.items():
+    for method, figures in TOKENS_PER_SECOND.items() if results["job"].get("step") == "tokens" else ():
         for length, figure in figures.items():
-            if speed(method, length) and results["job"].get("step") == "tokens":
-                ours = speed(method, length)
+            ours = found.get(method, length, entry)
+            if ours:
                 paper.append([METHODS[method], f"{length:,}", f"{ours:,.0f}", f"{figure:,}", f"{ours / figure:.2f}"])
-    counted = (
-        "what the step took, or the median"
-        if "rounds" not in results
-        else f"the median of {STEPS * results['rounds']}"
-    )
+    if paper:
+        header = ["method", "tokens", "tokens/s", "paper", "times"]
+        paper = [f"Beside the paper's measurement on {DEVICE} (Table 8):", "", *table(header, paper), ""]
+    counted = f"the median of {STEPS * results['rounds']}" if "rounds" in results else "of one step, or the median"
     text = [
         "Tokens per second of one training step (forward, loss, backward), by tokens in the sequence.",
         "",
-        *table(["tokens/s", *header], [line(METHODS[m], lambda s, m=m: tokens(m, s)) for m in methods]),
+        *found.table("tokens/s", lines(lambda row: f"{row[entry]:,.0f}")),
         "",
         f"The same as a multiple of “{METHODS[REFERENCE]}”:",
         "",
-        *table(["speed", *header], [line(METHODS[m], lambda s, m=m: ratio(m, s)) for m in methods]),
+        *found.table("speed", [found.ratios(METHODS[m], m, REFERENCE, entry) for m in found.methods]),
         "",
-        *([f"Beside what the paper measured on {DEVICE} (Table 8):", "", *table(BESIDE, paper), ""] if paper else []),
+        *paper,
         f"Seconds of a step: {counted}, and the range.",
         "",
-        *table(["seconds", *header], [line(METHODS[m], lambda s, m=m: spread(m, s)) for m in methods]),
+        *found.table("seconds", lines(spread)),
         "",
         *reasons(results["rows"]),
         describe(results),
@@ -135,8 +100,7 @@ def report(results: dict) -> str:
 
 
 def draw(results: dict, path: Path) -> None:
-    from figure import draw_bars
-
+    """Draw a bar for each length and method."""
     bars = {}
     for row in results["rows"]:
         if "tokens_per_second" in row:
@@ -147,21 +111,13 @@ def draw(results: dict, path: Path) -> None:
 def main():
     parser = base_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=2, help="on a CPU (default: %(default)s)")
-    arguments = parse(parser)
-    job, by_method = base_job(arguments), goes_by_method(arguments)
+    arguments = parse_step(parser, measure_lengths, GPU_LENGTHS, LENGTHS)
 
-    def measure(record: Record):
-        if by_method:
-            if arguments.resume:
-                record.borrow(arguments.output_dir / "memory_cuda.json")
-            lengths = arguments.lengths or (TINY_LENGTHS if arguments.tiny else GPU_LENGTHS)
-            measure_by_method(record, job, arguments.methods or GPU_METHODS, lengths, arguments.most_steps)
-        else:
-            methods = arguments.methods or [method for method in METHODS if "offload" not in method]
-            measure_all(record, job, methods, arguments.lengths or LENGTHS, arguments.rounds)
+    def measure(record: Record, job: dict, methods: list[str]) -> None:
+        for length in arguments.lengths:
+            measure_in_turns(record, job, methods, length, arguments.rounds)
 
-    head = {"job": job} if by_method else {"job": job, "rounds": arguments.rounds}
-    run_benchmark(arguments, __file__, "speed_cuda" if by_method else "speed", head, measure, report, draw)
+    run_methods(arguments, __file__, "speed", "memory", {"rounds": arguments.rounds}, measure, report, draw)
 
 
 if __name__ == "__main__":

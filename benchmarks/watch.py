@@ -1,73 +1,65 @@
-"""What it costs to watch a film of two hours once, beside decoding it and beside the model's own work.
+"""The cost of watching a film of two hours once, beside decoding it and beside the model's own work.
 
-    python benchmarks/watch.py --film_dir films              # five minutes, the films not counted
+    python benchmarks/watch.py --film_dir films              # five minutes, without the making of the films
     python benchmarks/watch.py --film_dir films --hours 0.5
+    python benchmarks/watch.py --plot_only                   # tabulate the results again
 
-With the model that ships with the package. The films are those of `video_reader.py`, and are made if they are not in
-`--film_dir`. Each measurement has a process of its own with one thread of PyTorch, one after the other:
+The model is the one that ships with the package. The films are those of `video_reader.py`, made if `--film_dir` lacks
+them. The measurements run one after the other, each in a process of its own with one thread of PyTorch:
 
     decode   frames at the model's rate, resized to its size and dropped
-    model    as many frames that are in memory in that size through vision tower and language model, piece by piece
-    watch    `qa.watch(film)`, which is both; and the state's file
+    model    as many frames of that size, already in memory, through vision tower and language model, piece by piece
+    watch    `qa.watch(film)`, which does both, and the size of the state's file
     ask      the same question to the states of a long and a short film in turn
 
 Memory is the highest resident size while watching above that before, with the pipeline loaded (Linux only). Writes
 `watch.json` and `watch.md` to `benchmarks/results`.
 """
 
-import argparse
-import ctypes
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from video_reader import FRAMES_PER_SECOND, HEIGHT, RESULTS, WIDTH, environment, write_film
+import torch
+from common.films import FRAMES_PER_SECOND, HEIGHT, WIDTH, film_of
+from common.memory_use import PeakMemory
+from common.recording import (
+    RESULTS,
+    VIDEO_PACKAGES,
+    Stopwatch,
+    describe_environment,
+    describe_run,
+    new_parser,
+    parse,
+    publish,
+    require_row,
+    table,
+)
+from common.video_model import watch_pieces
 
 SHORT_SECONDS, TINY_SECONDS = 600, 10
 QUESTION = "Which colour is the flash?"
-ANSWER_TOKENS = 8  # always so many, so that answers of different films take the same work
+ANSWER_TOKENS = 8  # of every answer, so that answers about different films take the same work
 TIMES_ASKED = 101
 MOST_TIME, MOST_DIFFERENCE, MOST_MEMORY, MOST_DELAY = 1.3, 150e6, 0.25, 0.1  # the targets
 
 
 def load_pipeline():
-    """The pipeline with the model that ships with the package."""
-    import torch
+    """Return the pipeline with the model that ships with the package."""
     from transformers import pipeline
 
     import transformers_ma2mba  # noqa: F401  registers the pipeline
 
-    torch.set_num_threads(1)
     return pipeline("video-question-answering")
 
 
-def resident_bytes(field: str) -> int:
-    """`VmRSS`, this process's resident size now, or `VmHWM`, the highest since it was reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
-
-
-class Stopwatch:
-    """Seconds and CPU seconds from its making on."""
-
-    def __init__(self):
-        self.start, self.cpu_start = time.perf_counter(), time.process_time()
-
-    def read(self) -> dict[str, float]:
-        seconds, cpu_seconds = time.perf_counter() - self.start, time.process_time() - self.cpu_start
-        return {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)}
-
-
 def measure_decode(film: str) -> dict:
-    """Reads and resizes the film as `watch` does, and keeps nothing."""
-    import torch
-
-    from transformers_ma2mba.video_reader import iter_frames
+    """Read and resize the film as `watch` does, and keep nothing."""
+    from transformers_ma2mba import iter_frames
 
     qa = load_pipeline()
     fit = qa.processor.video_processor.frame_fitter()
@@ -77,46 +69,28 @@ def measure_decode(film: str) -> dict:
     return {"frames": num_frames, **stopwatch.read()}
 
 
-def measure_model(num_frames: str) -> dict:
-    """Random frames, in memory in the model's size, through vision tower and language model."""
-    import torch
-
+def measure_model(num_frames: int) -> dict:
+    """Run random frames of the model's size through vision tower and language model."""
     model = load_pipeline().model
     side = model.config.vision_config.image_size
-    frames = torch.randint(256, (int(num_frames), 3, side, side), dtype=torch.uint8)
-    cache = None
+    frames = torch.randint(256, (num_frames, 3, side, side), dtype=torch.uint8)
     stopwatch = Stopwatch()
-    with torch.no_grad():
-        for piece in frames.split(model.config.frames_per_vision_pass):
-            features = model.get_video_features(piece).pooler_output
-            embeddings = features.reshape(1, -1, features.shape[-1])
-            outputs = model(inputs_embeds=embeddings, cache_params=cache, use_cache=True, logits_to_keep=1)
-            cache = outputs.cache_params
-    return {"frames": int(num_frames), **stopwatch.read()}
+    watch_pieces(model, frames, model.config.frames_per_vision_pass)
+    return {"frames": num_frames, **stopwatch.read()}
 
 
 def measure_watch(film: str, state_file: str) -> dict:
-    """Watches the film and saves its state."""
+    """Watch the film and save its state."""
     qa = load_pipeline()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before = resident_bytes("VmRSS")
-    stopwatch = Stopwatch()
+    peak, stopwatch = PeakMemory(torch.device("cpu")), Stopwatch()
     session = qa.watch(film, progress=False)
-    times = stopwatch.read()
-    peak = resident_bytes("VmHWM") - before
+    row = {"frames": session.num_frames, **stopwatch.read(), **peak.read()}
     session.save(state_file)
-    return {
-        "frames": session.num_frames,
-        **times,
-        "peak_bytes": peak,
-        "pipeline_bytes": before,
-        "state_file_bytes": os.path.getsize(state_file),
-    }
+    return {**row, "pipeline_bytes": peak.resident, "state_file_bytes": os.path.getsize(state_file)}
 
 
 def measure_ask(*state_files: str) -> dict:
-    """Milliseconds for an answer from each state: the median, all asked in turn."""
+    """Return the median milliseconds of an answer from each state; the states answer in turn."""
     qa = load_pipeline()
     sessions = [qa.resume(path) for path in state_files]
     times = [[] for _ in sessions]
@@ -131,30 +105,31 @@ def measure_ask(*state_files: str) -> dict:
 MEASUREMENTS = {"decode": measure_decode, "model": measure_model, "watch": measure_watch, "ask": measure_ask}
 
 
+def measure_one(job: dict) -> Iterator[dict]:
+    """Yield the row of the job's measurement."""
+    torch.set_num_threads(job["threads"])
+    yield MEASUREMENTS[job["what"]](*job["of"])
+
+
 def in_own_process(name: str, *arguments) -> dict:
-    """What a measurement returns, made in a new process."""
-    print(f"{name} {' '.join(Path(str(argument)).name for argument in arguments)} ...", flush=True)
-    command = [sys.executable, __file__, "--measure", name, *map(str, arguments)]
-    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    result = json.loads(output.splitlines()[-1])
-    print(f"    {result}", flush=True)
-    return result
+    """Return the row of a measurement in a new process."""
+    return require_row(__file__, {"threads": 1, "what": name, "of": arguments})
 
 
 def stock_peak_bytes() -> int:
-    """What Transformers' own loader takes for two hours of this film, by the results of `video_reader.py`."""
+    """Return the peak memory of Transformers' own loader on two hours of this film, by `video_reader.json`."""
     readers = json.loads((RESULTS / "video_reader.json").read_text())["readers"]
     return next(row["peak_bytes"] for row in readers if row["reader"] == "stock")
 
 
 def check(measured: dict) -> list[dict]:
-    """Each target beside what was measured."""
+    """Return each target beside its measurement."""
     decode, model, long, short = (measured[name] for name in ("decode", "model", "long", "short"))
     stock = stock_peak_bytes()
     after_long, after_short = measured["ask"]["milliseconds"]
     targets = []
 
-    def add(what: str, value: str, target: str, is_met: bool):
+    def add(what: str, value: str, target: str, is_met: bool) -> None:
         targets.append({"what": what, "measured": value, "target": target, "is_met": bool(is_met)})
 
     for unit in ("seconds", "cpu_seconds"):
@@ -191,65 +166,49 @@ def check(measured: dict) -> list[dict]:
 
 
 def report(results: dict) -> str:
-    """The results as a Markdown page."""
-    where, film = results["environment"], results["film"]
-    packages = ", ".join(f"{name} {where[name]}" for name in ("av", "torch", "torchvision", "transformers", "numpy"))
+    """Return the results as a Markdown page."""
+    film = results["film"]
     lines = [
+        [row["what"], row["measured"], row["target"], "yes" if row["is_met"] else "no"] for row in results["targets"]
+    ]
+    text = [
         f"A film of {film['seconds']:,} seconds (long) and one of {film['short_seconds']} (short), {WIDTH}x{HEIGHT}, "
         f"{FRAMES_PER_SECOND} frames per second, H.264, watched at one frame per second by the model that ships with "
-        "the package.",
+        "the package. PyTorch has one thread; FFmpeg chooses its own number.",
         "",
-        "| what | measured | target | met |",
-        "| --- | --- | --- | --- |",
-    ]
-    for row in results["targets"]:
-        lines.append(f"| {row['what']} | {row['measured']} | {row['target']} | {'yes' if row['is_met'] else 'no'} |")
-    lines += [
+        *table(["what", "measured", "target", "met"], lines, left=4),
         "",
-        f"{where['cpu']}, {where['cores']} cores, one thread of PyTorch (FFmpeg takes its own), {where['date']}; "
-        f"Python {where['python']}, {packages}; `{results['command']}`.",
+        describe_environment(results),
         "",
     ]
-    return "\n".join(lines)
+    return "\n".join(text)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--hours", type=float, default=2.0, help="length of the long film (default: %(default)s)")
     parser.add_argument("--film_dir", type=Path, help="folder that keeps the films (default: temporary)")
-    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="default: benchmarks/results")
-    parser.add_argument("--measure", nargs="+", metavar="NAME", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.measure:
-        name, *rest = arguments.measure
-        print(json.dumps(MEASUREMENTS[name](*rest)))
-        return
+    arguments = parse(parser, measure_one)
     seconds = {"long": round(arguments.hours * 3600), "short": SHORT_SECONDS, "tiny": TINY_SECONDS}
-    with tempfile.TemporaryDirectory() as temporary:
-        film_dir = arguments.film_dir or Path(temporary)
-        film_dir.mkdir(parents=True, exist_ok=True)
-        films = {name: film_dir / f"film_{length}s.mp4" for name, length in seconds.items()}
-        for name, film in films.items():
-            if not film.exists():
-                print(f"Making {film.name} ...", flush=True)
-                write_film(film, seconds[name])
-        states = {name: Path(temporary) / f"{name}.safetensors" for name in films}
-        measured = {name: in_own_process("watch", films[name], states[name]) for name in ("tiny", "short")}
-        measured["decode"] = in_own_process("decode", films["long"])
-        measured["model"] = in_own_process("model", measured["decode"]["frames"])
-        measured["long"] = in_own_process("watch", films["long"], states["long"])
-        measured["ask"] = in_own_process("ask", states["long"], states["short"])
-    results = {
-        "command": f"python benchmarks/watch.py --hours {arguments.hours:g}",
-        "film": {"seconds": seconds["long"], "short_seconds": seconds["short"], "tiny_seconds": seconds["tiny"]},
-        "environment": {**environment(), "date": time.strftime("%Y-%m-%d")},
-        "targets": check(measured),
-        "measured": measured,
-    }
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    (arguments.output_dir / "watch.json").write_text(json.dumps(results, indent=2) + "\n")
-    (arguments.output_dir / "watch.md").write_text(report(results))
-    print(report(results))
+
+    def measure() -> dict:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = arguments.film_dir or Path(temporary)
+            films = {name: str(film_of(folder, length)) for name, length in seconds.items()}
+            states = {name: f"{temporary}/{name}.safetensors" for name in films}
+            measured = {name: in_own_process("watch", films[name], states[name]) for name in ("tiny", "short")}
+            measured["decode"] = in_own_process("decode", films["long"])
+            measured["model"] = in_own_process("model", measured["decode"]["frames"])
+            measured["long"] = in_own_process("watch", films["long"], states["long"])
+            measured["ask"] = in_own_process("ask", states["long"], states["short"])
+        return {
+            **describe_run(__file__, packages=VIDEO_PACKAGES),
+            "film": {"seconds": seconds["long"], "short_seconds": seconds["short"], "tiny_seconds": seconds["tiny"]},
+            "targets": check(measured),
+            "measured": measured,
+        }
+
+    publish(arguments, "watch", measure, report, page=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The benchmarks of the GPU, rehearsed on the CPU with tiny models: what they measure, keep, resume and report."""
+"""Benchmarks: measuring, resuming and reporting, rehearsed on the CPU with tiny models."""
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +19,18 @@ import film  # noqa: E402
 import gpu_report  # noqa: E402
 import longest  # noqa: E402
 import memory  # noqa: E402
-import recording  # noqa: E402
+import needle  # noqa: E402
+import scan  # noqa: E402
 import side_by_side  # noqa: E402
 import speed  # noqa: E402
-import training_step  # noqa: E402
+import video_reader  # noqa: E402
+import watch  # noqa: E402
 from breakdown import copies_and_kernels, kernels_by_kind, overlap, union  # noqa: E402
-from recording import Record  # noqa: E402
-from training_step import TINY, TINY_LENGTHS, TrainingStep, measure_lengths  # noqa: E402
+from common import plans, recording, training_step  # noqa: E402
+from common.methods import AUTHORS, GPU_METHODS  # noqa: E402
+from common.options import TINY, TINY_LENGTHS  # noqa: E402
+from common.recording import Record  # noqa: E402
+from common.training_step import TrainingStep, measure_lengths  # noqa: E402
 
 from transformers_ma2mba import Ma2mbaConfig  # noqa: E402
 
@@ -61,7 +67,7 @@ def test_overlap(copies, kernels, common):
     assert overlap(copies, kernels) == overlap(kernels, copies) == common
 
 
-def test_overlap_counts_every_moment_once():
+def test_overlap_equals_a_count_of_moments():
     generator = random.Random(0)
     for _ in range(50):
         first, second = (
@@ -78,7 +84,7 @@ def event(category, name, start, duration, **more):
     return {"cat": category, "name": name, "ts": start * 1e6, "dur": duration * 1e6, **more}
 
 
-def test_a_profile_by_kind_and_by_copies():
+def test_profile_is_split_by_kernel_kind_and_by_copies():
     events = [
         event("kernel", "_chunk_scan_fwd_kernel", 0, 2),
         event("kernel", "nvjet_hsh_128x256_64x4_2x1_v_bz_TNT", 2, 3),
@@ -100,7 +106,7 @@ def test_a_profile_by_kind_and_by_copies():
     assert found["both"] == {"bytes": 400, "seconds": 4, "beside_kernels": 2.5, "share": 0.625}
 
 
-def test_flops_are_twice_the_weights_and_a_little():
+def test_flops_slightly_exceed_twice_the_weights():
     config = Ma2mbaConfig()
     with torch.device("meta"):
         trunk = Mamba2Model(config.text_config)
@@ -111,10 +117,10 @@ def test_flops_are_twice_the_weights_and_a_little():
     assert 2 * 23 * 577 * per_layer < breakdown.vision_flops(config) < 2.4 * 23 * 577 * per_layer
 
 
-# Rows and processes
+# Rows, processes and commands
 
 
-def test_a_record_resumes_under_the_same_conditions_only(tmp_path):
+def test_record_resumes_only_under_the_same_conditions(tmp_path):
     head = {"command": "one", "environment": ENVIRONMENT, "job": {"a": [1, 2]}}
     record = Record(tmp_path / "x.json", head)
     record.add({"method": "none", "length": 8, "seconds": 1.0})
@@ -124,7 +130,7 @@ def test_a_record_resumes_under_the_same_conditions_only(tmp_path):
 
     same = {**head, "command": "another", "environment": {**ENVIRONMENT, "date": "2026-01-03", "driver": "1.3"}}
     resumed = Record(tmp_path / "x.json", same, resume=True)
-    assert [row["length"] for row in resumed.results["rows"]] == [8, 16]  # what failed is tried again
+    assert [row["length"] for row in resumed.results["rows"]] == [8, 16]  # a failed row is measured again
     assert resumed.has(method="none", length=16) and not resumed.has(method="MA-GC", length=8)
     assert not Record(tmp_path / "x.json", same).results["rows"]
     for other in ({**head, "job": {"a": 1}}, {**head, "environment": {**ENVIRONMENT, "torch": "9"}}):
@@ -143,19 +149,20 @@ def test_a_record_resumes_under_the_same_conditions_only(tmp_path):
     ],
     ids=["done", "failed", "killed"],
 )
-def test_rows_of_a_worker(tmp_path, end, last):
+def test_last_row_tells_how_a_worker_ended(tmp_path, end, last):
     script = tmp_path / "worker.py"
     rows = "for length in json.loads(sys.argv[2])['lengths']: print(json.dumps({'length': length}), flush=True)"
-    script.write_text(f"import json, sys\nprint('a word of a library')\n{rows}\n{end}\n")
+    script.write_text(f"import json, sys\nprint('output of a library')\n{rows}\n{end}\n")
     found = list(recording.worker_rows(str(script), {"threads": 1, "lengths": [1, 2]}))
     assert found[:2] == [{"length": 1}, {"length": 2}]
     assert found[-1] == last
     assert recording.run_worker(str(script), {"threads": 1, "lengths": [1, 2]}) == last
 
 
-def test_the_command_hides_paths_of_the_machine(monkeypatch):
-    options = "--resume --device cuda --output_dir elsewhere/out --authors elsewhere/ma2mba --lengths 1 2 --plot_only"
-    monkeypatch.setattr(sys, "argv", ["elsewhere/longest.py", *options.split()])
+@pytest.mark.parametrize("separator", [" ", "="])
+def test_command_hides_paths_of_the_machine(monkeypatch, separator):
+    options = "--resume --device cuda --output_dir=elsewhere/out --authors=elsewhere/ma2mba --lengths 1 2 --plot_only"
+    monkeypatch.setattr(sys, "argv", ["elsewhere/longest.py", *options.replace("=", separator).split()])
     expected = "python benchmarks/longest.py --device cuda --authors PATH --lengths 1 2"
     assert recording.command_line("elsewhere/longest.py") == expected
 
@@ -163,7 +170,7 @@ def test_the_command_hides_paths_of_the_machine(monkeypatch):
 # Steps
 
 
-def test_all_methods_take_the_same_step():
+def test_all_methods_have_the_same_loss_and_gradients():
     steps = {method: TrainingStep({**JOB, "method": method}) for method in METHODS}
     gradients = {}
     for method, step in steps.items():
@@ -181,7 +188,7 @@ def test_all_methods_take_the_same_step():
 
 
 class FullStep(training_step.Step):
-    """Has room for 100 tokens."""
+    """A step that runs out of memory beyond 100 tokens."""
 
     def make_model(self, job):
         return torch.nn.Linear(2, 2)
@@ -192,30 +199,30 @@ class FullStep(training_step.Step):
         return self.model(torch.ones(2)).sum()
 
 
-def test_what_does_not_fit_ends_a_method(tmp_path, monkeypatch):
+def test_length_that_does_not_fit_ends_a_method(tmp_path, monkeypatch):
     monkeypatch.setitem(training_step.WARM_UP_TOKENS, "cpu", 10)
     monkeypatch.setattr(training_step, "worker_rows", lambda script, job: measure_lengths(job, FullStep))
     record = Record(tmp_path / "x.json", {"environment": ENVIRONMENT})
-    training_step.measure_by_method(record, JOB, ["none"], [400, 50, 200, 100], 3)
+    training_step.measure_by_method(record, JOB, ["none"], [50, 100, 200, 400], 3, "script.py")
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
     assert [row["length"] for row in rows] == [50, 100, 200, 400]
     assert [row.get("skipped") for row in rows] == [None, None, "out of memory", "a shorter sequence did not fit"]
-    assert len(rows[0]["step_seconds"]) == 2  # of three
+    assert len(rows[0]["step_seconds"]) == 2  # the first of three does not count
     assert rows[0]["activation_bytes"] == rows[0]["peak_bytes"] - rows[0]["gradient_bytes"]
 
 
-def test_plans_of_the_longest_steps_fit_the_host(monkeypatch):
+def test_plans_of_the_longest_steps_fit_device_and_host(monkeypatch):
     job = {**JOB, "device": "cuda", "dtype": "bfloat16", "shape": Ma2mbaConfig().text_config.to_dict()}
-    monkeypatch.setattr(training_step, "available_bytes", lambda: 120e9)
+    monkeypatch.setattr(plans, "available_bytes", lambda: 120e9)
     for length in longest.LENGTHS:
-        plan = training_step.plan_of(
-            {**job, "method": "MA-GC-offload", "length": length, "ma_gc": training_step.fitting_settings(job, length)}
+        plan = plans.plan_of(
+            {**job, "method": "MA-GC-offload", "length": length, "ma_gc": plans.fitting_settings(job, length)}
         )
         assert plan["host_bytes"] < 108e9
         assert plan["device_bytes"] < 70e9
-    monkeypatch.setattr(training_step, "available_bytes", lambda: 1e9)
+    monkeypatch.setattr(plans, "available_bytes", lambda: 1e9)
     with pytest.raises(ValueError, match="no plan for 4,194,304 tokens fits"):
-        training_step.fitting_settings(job, 2**22)
+        plans.fitting_settings(job, 2**22)
 
 
 # Rehearsals
@@ -223,12 +230,14 @@ def test_plans_of_the_longest_steps_fit_the_host(monkeypatch):
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Runs workers without processes of their own; returns the jobs that they were given."""
+    """Run workers without processes of their own, and return the list of their jobs."""
     workers = {
-        training_step.__file__: measure_lengths,
+        memory.__file__: measure_lengths,
+        speed.__file__: measure_lengths,
+        side_by_side.__file__: side_by_side.measure_side,
         longest.__file__: longest.measure_longest,
         breakdown.__file__: breakdown.measure_one,
-        film.__file__: lambda job: {"train": film.measure_train, "watch": film.measure_watch}[job["part"]](job),
+        film.__file__: film.measure_one,
     }
     jobs = []
 
@@ -239,17 +248,23 @@ def in_this_process(monkeypatch):
     monkeypatch.setitem(training_step.WARM_UP_TOKENS, "cpu", 40)
     for module in (training_step, film, breakdown):
         monkeypatch.setattr(module, "worker_rows", rows)
+    for module in (memory, speed):
+        monkeypatch.setattr(module, "run_worker", lambda *arguments: list(rows(*arguments))[-1])
     return jobs
 
 
-def rehearse(module, monkeypatch, output_dir, *options):
-    words = ["--tiny", "--threads", "1", "--output_dir", str(output_dir), *options]
+def run_main(module, monkeypatch, output_dir, *options):
+    words = ["--threads", "1", "--output_dir", str(output_dir), *options]
     monkeypatch.setattr(sys, "argv", [module.__file__, *words])
     module.main()
 
 
+def rehearse(module, monkeypatch, output_dir, *options):
+    run_main(module, monkeypatch, output_dir, "--tiny", *options)
+
+
 SCRIPTS = {
-    "memory_cuda": (memory, [(method, length) for method in training_step.GPU_METHODS for length in TINY_LENGTHS]),
+    "memory_cuda": (memory, [(method, length) for method in GPU_METHODS for length in TINY_LENGTHS]),
     "side_by_side": (side_by_side, [("MA-GC", length) for length in TINY_LENGTHS]),
     "longest": (longest, [("MA-GC-offload", length) for length in TINY_LENGTHS]),
     "film": (film, [("train", 6), ("watch", 4), ("watch", 8), ("watch", 12)]),
@@ -258,7 +273,7 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_rehearsal_measures_and_resumes(name, tmp_path, monkeypatch, in_this_process):
+def test_rehearsal_measures_and_resumes(name, tmp_path, monkeypatch, in_this_process):
     module, expected = SCRIPTS[name]
     keys = {"film": ("part", "film_seconds"), "breakdown": ("what",)}.get(name, ("method", "length"))
     rehearse(module, monkeypatch, tmp_path)
@@ -272,7 +287,7 @@ def test_a_rehearsal_measures_and_resumes(name, tmp_path, monkeypatch, in_this_p
     assert results["environment"]["torch"] == torch.__version__.split("+")[0]
     assert str(tmp_path) not in json.dumps(results)
 
-    # Cut off before the last row: that one alone is measured.
+    # As if cut off before the last row: only that row is measured.
     lost = results["rows"].pop()
     (tmp_path / f"{name}.json").write_text(json.dumps(results))
     in_this_process.clear()
@@ -288,7 +303,7 @@ def test_a_rehearsal_measures_and_resumes(name, tmp_path, monkeypatch, in_this_p
     assert json.loads((tmp_path / f"{name}.json").read_text()) == resumed
 
 
-def test_speed_counts_the_steps_that_memory_has_timed(tmp_path, monkeypatch, in_this_process):
+def test_speed_takes_over_the_rows_of_memory(tmp_path, monkeypatch, in_this_process):
     rehearse(memory, monkeypatch, tmp_path, "--methods", "none", "MA-GC", "--lengths", "40")
     in_this_process.clear()
     rehearse(speed, monkeypatch, tmp_path, "--methods", "none", "MA-GC", "--lengths", "40", "--resume")
@@ -299,17 +314,57 @@ def test_speed_counts_the_steps_that_memory_has_timed(tmp_path, monkeypatch, in_
     assert [job["lengths"] for job in in_this_process] == [[50]]
 
 
-def test_watching_ends_when_time_is_up(tmp_path, monkeypatch, in_this_process):
+@pytest.mark.parametrize("module", [memory, speed])
+def test_methods_are_measured_in_processes_of_their_own_on_a_cpu(module, tmp_path, monkeypatch, in_this_process):
+    options = ("--device", "cpu", "--num_hidden_layers", "2", "--methods", "none", "MA-GC", "--lengths", "40", "50")
+    run_main(module, monkeypatch, tmp_path, *options)
+    path = tmp_path / f"{module.__name__}.json"
+    results = json.loads(path.read_text())
+    assert [(row["method"], row["length"]) for row in results["rows"]] == [
+        ("none", 40),
+        ("MA-GC", 40),
+        ("none", 50),
+        ("MA-GC", 50),
+    ]
+    assert all(row["seconds"] for row in results["rows"])
+    assert all(len(job["lengths"]) == 1 for job in in_this_process)
+    assert path.with_suffix(".md").read_text() == module.report(results)
+
+    in_this_process.clear()
+    run_main(module, monkeypatch, tmp_path, *options, "--resume")
+    assert not in_this_process
+
+
+def test_rows_of_a_cpu_are_skipped_without_the_memory(tmp_path, monkeypatch):
+    record = Record(tmp_path / "x.json", {"environment": ENVIRONMENT})
+    job = {**JOB, "step": "embeddings"}
+    record.add({"method": "none", "length": 8, "failed": "some error"})
+    assert "skipped" not in training_step.new_row(record, job, "none", 16)
+    record.add({"method": "none", "length": 16, "peak_bytes": 10**15, "seconds": 1.0})
+    record.add({"method": "MA-GC", "length": 16, "peak_bytes": 10**15, "seconds": 1.0})
+    row = training_step.new_row(record, job, "none", 32)
+    assert row["skipped"].startswith("expected to take 2000000.0 GB")
+    assert "skipped" not in training_step.new_row(record, job, "MA-GC", 32)  # its plan takes less
+    record.add(row)
+    assert training_step.new_row(record, job, "none", 64)["skipped"] == row["skipped"]
+
+
+def test_watching_ends_when_the_time_is_up(tmp_path, monkeypatch, in_this_process):
     rehearse(film, monkeypatch, tmp_path, "--parts", "watch", "--most_seconds", "0")
     rows = json.loads((tmp_path / "film.json").read_text())["rows"]
-    assert [row["film_seconds"] for row in rows] == [3, 4, 8, 12]  # how far it came, and what it did not reach
+    assert [row["film_seconds"] for row in rows] == [
+        3,
+        4,
+        8,
+        12,
+    ]  # 3 frames were seen
     assert rows[0]["seconds"] > 0
     assert all("seconds were over" in row["skipped"] for row in rows[1:])
     assert "– |" in film.report(json.loads((tmp_path / "film.json").read_text()))
 
 
 @pytest.mark.parametrize("module", [memory, speed, side_by_side, longest, film, breakdown])
-def test_a_rehearsal_stays_out_of_the_results(module, monkeypatch, capsys):
+def test_rehearsal_refuses_the_folder_of_results(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [module.__file__, "--tiny"])
     with pytest.raises(SystemExit):
         module.main()
@@ -351,7 +406,7 @@ ROWS = [
 ]
 
 
-def test_memory_and_speed_stand_beside_the_paper():
+def test_pages_of_memory_and_speed_show_the_paper_s_figures():
     page = memory.report(results_of_gpu(ROWS))
     assert "| MA-GC | 3.50 | 21.0 |" in page
     assert "| MA-GC: paper | 4.2 | 42.2 |" in page
@@ -364,15 +419,15 @@ def test_memory_and_speed_stand_beside_the_paper():
     assert "| no checkpointing | 16,384 | 32,768 | 12,168 | 2.69 |" in page
 
 
-def test_the_authors_stand_beside_us():
-    theirs = row_of_gpu(side_by_side.AUTHORS, 2**19, 42.0, 80.0)
+def test_page_compares_with_the_authors():
+    theirs = row_of_gpu(AUTHORS, 2**19, 42.0, 80.0)
     page = side_by_side.report(results_of_gpu([*ROWS[:2], theirs], authors={"commit": "abc"}))
     assert "| **MA-GC / the authors' code: memory beyond weights and gradients** | – | 0.50 |" in page
     assert "| **MA-GC / the authors' code: speed** | – | 2.00 |" in page
     assert "commit abc" in page
 
 
-def test_the_page_of_all_that_was_measured(tmp_path):
+def test_gpu_report_gathers_all_results(tmp_path):
     assert gpu_report.write_report(tmp_path) is None
     for name in ("memory_cuda", "speed_cuda"):
         (tmp_path / f"{name}.json").write_text(json.dumps(results_of_gpu(ROWS)))
@@ -388,12 +443,19 @@ def test_the_page_of_all_that_was_measured(tmp_path):
         assert (tmp_path / f"{name}.png").exists() == (f"({name}.png)" in page)
 
 
-@pytest.mark.parametrize("name", ["memory", "speed"])
-def test_pages_of_the_committed_results_are_as_they_were(name):
-    results = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
-    assert {"memory": memory, "speed": speed}[name].report(results) == (
-        BENCHMARKS / "results" / f"{name}.md"
-    ).read_text()
+def read_results(name):
+    return json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["memory", "memory_default_allocator", "speed", "video_reader", "watch"])
+def test_pages_of_the_committed_results_are_up_to_date(name):
+    module = {"speed": speed, "video_reader": video_reader, "watch": watch}.get(name, memory)
+    assert module.report(read_results(name)) == (BENCHMARKS / "results" / f"{name}.md").read_text()
+
+
+def test_tables_of_the_committed_results_are_printed():
+    assert "| demo, 4 heads | 9.7 ms | 5.2 ms | 1.9 |" in scan.report(read_results("scan"))
+    assert needle.report(read_results("needle")).startswith("| films | answers | 1 min | 2 min |")
 
 
 # The script that runs them all
@@ -403,7 +465,7 @@ def run_script(*words):
     return subprocess.run(["bash", str(BENCHMARKS / "gpu.sh"), *words], capture_output=True, text=True)
 
 
-def test_the_script_shows_its_plan():
+def test_gpu_script_shows_its_plan():
     subprocess.run(["bash", "-n", str(BENCHMARKS / "gpu.sh")], check=True)
     plan = run_script("--dry-run")
     assert plan.returncode == 0, plan.stderr
@@ -411,17 +473,19 @@ def test_the_script_shows_its_plan():
     assert parts == "build check memory speed side-by-side longest film profile report".split()
     for script in ("memory", "speed", "side_by_side", "longest", "film", "breakdown", "gpu_report"):
         assert f"benchmarks/{script}.py" in plan.stdout
+    for path in re.findall(r"\b(?:benchmarks|tests)/[\w/]+\.py", plan.stdout):
+        assert (BENCHMARKS.parent / path).exists(), path
     assert "benchmarks/film.py --device cuda" in run_script("--dry-run", "--limit", "0", "film").stdout
 
 
-def test_the_script_says_what_is_wrong():
+def test_gpu_script_refuses_unknown_parts():
     wrong = run_script("memroy")
     assert wrong.returncode == 2 and "There is no part or option memroy" in wrong.stderr
     assert run_script("--tiny").returncode == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_script_needs_a_gpu():
+def test_gpu_script_needs_a_gpu():
     without = run_script("memory")
     assert without.returncode == 1
     assert without.stderr.startswith("PyTorch sees no CUDA device here") and len(without.stderr.splitlines()) == 1

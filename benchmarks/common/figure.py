@@ -1,8 +1,9 @@
-"""How `memory.py` and `speed.py` draw: a line for each method over the length of the sequence."""
+"""Figures of the benchmarks: lines over the length of the sequence, and bars."""
 
+import sys
 from pathlib import Path
 
-from training_step import METHODS
+from common.methods import METHODS
 
 COLOURS = {
     "none": "#8a8a8a",
@@ -16,16 +17,24 @@ COLOURS = {
 }
 
 
-def new_axes(title: str, height: float):
-    """A figure and its axes; None, None without matplotlib."""
+def import_pyplot():
+    """Return `matplotlib.pyplot`, which draws to files, or None without matplotlib."""
     try:
         import matplotlib
     except ImportError:
-        print("Nothing is drawn: that needs matplotlib, pip install -e .[benchmarks].")
-        return None, None
+        print("Nothing is drawn: that needs matplotlib, pip install -e .[benchmarks].", file=sys.stderr)
+        return None
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def new_axes(title: str, height: float):
+    """Return a figure and its axes, or None, None without matplotlib."""
+    pyplot = import_pyplot()
+    if pyplot is None:
+        return None, None
     figure, axes = pyplot.subplots(figsize=(8, height), layout="constrained")
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_axisbelow(True)
@@ -39,8 +48,10 @@ def draw_by_length(
     path: Path,
     dashed: dict[str, list[tuple[int, float]]] | None = None,
 ) -> None:
-    """Draws `{method: [(length, value), ...]}` on logarithmic axes and names each line at its end. `dashed` are lines
-    to compare them with, in the same colours."""
+    """Draw `{method: [(length, value), ...]}` on logarithmic axes, each line with its name at the end.
+
+    `dashed` are lines to compare them with, in the same colours.
+    """
     if not lines:
         return
     figure, axes = new_axes(title, height=4.5)
@@ -50,13 +61,13 @@ def draw_by_length(
     axes.set_yscale("log")
     axes.margins(y=0.1)  # room for a name above the highest line
     lengths = sorted({length for points in lines.values() for length, _ in points})
-    # Names of lines that end at the same length keep a distance.
+    # The names of lines that end at the same length keep a distance.
     values = [value for points in lines.values() for _, value in points]
     apart = (max(values) / min(values)) ** 0.09
     heights = {}
     for method, points in sorted(lines.items(), key=lambda item: item[1][-1][1]):
         length, height = points[-1]
-        if length < lengths[-1]:  # its name stands above it, and above what it is compared with
+        if length < lengths[-1]:  # its name stands above it and above the dashed line
             height = max([height, *(value for at, value in (dashed or {}).get(method, ()) if at == length)])
         below = [taken for other, taken in heights.items() if lines[other][-1][0] == length]
         heights[method] = max([height, *(taken * apart for taken in below)])
@@ -65,8 +76,10 @@ def draw_by_length(
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4.5, linewidth=width, color=COLOURS[method])
         if points[-1][0] == lengths[-1]:
             name, offset, aligned = METHODS[method].replace(", ", ",\n").replace(" (", "\n("), (10, 0), "left"
-        else:  # above the end of a line that ends early, since others go on beside it
-            name = METHODS[method].split(" (")[0] if dashed else METHODS[method]  # more of them end early there
+        else:  # above the end of a line that ends early, because other lines go on beside it
+            name = (
+                METHODS[method].split(" (")[0] if dashed else METHODS[method]
+            )  # with dashed lines, more lines end early
             offset, aligned = (0, 12), "center"
         axes.annotate(
             name,
@@ -90,7 +103,7 @@ def draw_by_length(
 
 
 def draw_bars(groups: dict[int, list[tuple[str, float]]], title: str, path: Path) -> None:
-    """Draws `{length: [(method, value), ...]}` as one bar each, the lengths one below the other."""
+    """Draw `{length: [(method, value), ...]}` as bars, the lengths one below the other."""
     if not groups:
         return
     num_bars = sum(len(bars) for bars in groups.values())
