@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from common.films import write_film
 from common.options import base_job, base_parser, parse_step
-from common.recording import Record, describe_environment, run_benchmark, table, worker_rows
+from common.recording import Record, describe_environment, page, run_benchmark, table, worker_rows
 from common.training_step import PREDICTED, TrainingStep
 from common.video_model import duration, load_model, random_frames, synchronize, watch_pieces
 from torch import nn
@@ -278,30 +278,28 @@ def report(results: dict) -> str:
     """Return the results as a Markdown page."""
     rows = {row["what"]: row for row in results["rows"]}
     measured = {name: row for name, row in rows.items() if "seconds" in row}
-    text = report_watching(measured["watching"]) if "watching" in measured else []
+    parts = report_watching(measured["watching"]) if "watching" in measured else []
     for name, row in measured.items():
         if name != "watching":
             kind = "with checkpoints in host memory" if name == "offload" else "with MA-GC"
-            text += [
+            parts.append(
                 f"A training step {kind}, {row['length']:,} tokens: {row['seconds']:.2f} s, "
                 f"{row['tokens_per_second']:,.0f} tokens/s, {row['flops'] / 1e12:,.1f} model TFLOP, "
-                f"{percentage(row['share_of_peak'])} of the peak.",
-                "",
-            ]
+                f"{percentage(row['share_of_peak'])} of the peak."
+            )
     kernels = {name: row["kernels"] for name, row in measured.items() if row["kernels"]}
     if kernels:
         kinds = list(dict.fromkeys(kind for seconds in kernels.values() for kind in seconds))
         lines = [[kind, *(f"{seconds.get(kind, 0):.2f}" for seconds in kernels.values())] for kind in kinds]
-        text += ["Seconds of kernels by kind:", "", *table(["kernels", *kernels], lines), ""]
+        parts += ["Seconds of kernels by kind:", table(["kernels", *kernels], lines)]
     if "offload" in measured:
-        text += report_copies(measured["offload"]["copies"])
+        parts += report_copies(measured["offload"]["copies"])
     missing = [f"{name}: {row.get('skipped') or row['failed']}" for name, row in rows.items() if name not in measured]
-    text += [*([f"Not measured: {'; '.join(missing)}.", ""] if missing else []), describe_environment(results), ""]
-    return "\n".join(text)
+    return page(*parts, f"Not measured: {'; '.join(missing)}." if missing else "", describe_environment(results))
 
 
-def report_watching(row: dict) -> list[str]:
-    """Return lines of the page: a table of the phases of watching."""
+def report_watching(row: dict) -> list:
+    """Return parts of the page: a table of the phases of watching."""
     lines = []
     for name, seconds in {**row["phases"], "all": row["seconds"]}.items():
         flops = f"{row['flops'].get(name, 0) / 1e12:,.2f}"
@@ -309,21 +307,19 @@ def report_watching(row: dict) -> list[str]:
         lines.append([label, f"{seconds:.2f}", flops, percentage(row["shares_of_peak"].get(name))])
     return [
         f"Watching {duration(row['frames'])} of film, waiting for each phase; below, the whole model without waiting:",
-        "",
-        *table(["phase", "seconds", "model TFLOP", "of the peak"], lines),
-        "",
+        table(["phase", "seconds", "model TFLOP", "of the peak"], lines),
     ]
 
 
-def report_copies(copies: dict) -> list[str]:
-    """Return lines of the page: a table of the copies of the step with checkpoints in host memory."""
+def report_copies(copies: dict) -> list:
+    """Return parts of the page: a table of the copies of the step with checkpoints in host memory."""
     lines = []
     for name, label in (("to_host", "to the host"), ("to_device", "to the device"), ("both", "both")):
         one = copies[name]
         times = [f"{one['seconds']:.2f}", f"{one['beside_kernels']:.2f}", percentage(one["share"])]
         lines.append([label, f"{one['bytes'] / 1e9:.2f}", *times])
     header = ["copies", "GB", "seconds", "seconds beside kernels", "share"]
-    return ["Copies of that step between device and host:", "", *table(header, lines), ""]
+    return ["Copies of that step between device and host:", table(header, lines)]
 
 
 def main():

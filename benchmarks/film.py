@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import torch
 from common.memory_use import PeakMemory, gigabytes
 from common.options import base_job, base_parser, parse_step
-from common.recording import Record, describe_environment, reasons, run_benchmark, table, worker_rows
+from common.recording import Record, describe_environment, page, reasons, run_benchmark, table, worker_rows
 from common.video_model import (
     DIFFERENT_FRAMES,
     HOUR,
@@ -174,18 +174,14 @@ def report(results: dict) -> str:
         lines.append([f"{part}, {duration(row['film_seconds'])}", *cells])
     header = ["film", "seconds", "frames/s", "peak above the model, GB", "beyond gradients", "host"]
     settings = ", ".join(f"{name}={value}" for name, value in results["job"]["ma_gc"].items())
-    text = [
+    return page(
         f"{name}, random weights, {results['job']['dtype']}, a frame a second of film. The training step is forward, "
         f"loss and backward of the whole film, everything trained, with MA-GC ({settings}). Watching carries the "
         "state from piece to piece; times and peaks are from its beginning. Answers come from copies of the state.",
-        "",
-        *table([*header, f"{ANSWER_TOKENS} tokens of answer", "finite"], lines),
-        "",
-        *reasons(results["rows"]),
+        table([*header, f"{ANSWER_TOKENS} tokens of answer", "finite"], lines),
+        reasons(results["rows"]),
         describe_environment(results),
-        "",
-    ]
-    return "\n".join(text)
+    )
 
 
 def main():

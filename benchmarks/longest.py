@@ -18,7 +18,7 @@ from common.memory_use import PeakMemory, gigabytes
 from common.methods import cell_size
 from common.options import base_job, base_parser, parse_step
 from common.plans import fitting_settings, plan_of
-from common.recording import Record, describe_environment, reasons, run_benchmark, table
+from common.recording import Record, describe_environment, page, reasons, run_benchmark, table
 from common.training_step import WARM_UP_TOKENS, TrainingStep, measure_by_method
 
 LENGTHS = [2**20, 2**21, 2**22]
@@ -61,16 +61,12 @@ def report(results: dict) -> str:
             cells.append(f"{cell_size(row)}, {row['plan']['order']}")
         lines.append([f"{row['length']:,}", *cells])
     header = ["tokens", "peak, GB", "beyond weights and gradients", "host", "seconds", "tokens/s", "loss, gradients"]
-    text = [
+    return page(
         "One training step with weights and gradients loaded, checkpoints in host memory, on at most 80 GB.",
-        "",
-        *table([*header, "layers × tokens of a cell"], lines),
-        "",
-        *reasons(results["rows"]),
+        table([*header, "layers × tokens of a cell"], lines),
+        reasons(results["rows"]),
         describe_environment(results),
-        "",
-    ]
-    return "\n".join(text)
+    )
 
 
 def main():

@@ -28,7 +28,7 @@ from common.memory_use import gigabytes
 from common.methods import METHODS, REFERENCE, RowsByLength, cell_size
 from common.options import base_parser, parse_step
 from common.paper_figures import ACTIVATION_GB, DEVICE
-from common.recording import Record, reasons, run_worker
+from common.recording import Record, page, reasons, run_worker
 from common.training_step import GPU_LENGTHS, describe, describe_row, measure_lengths, new_row, run_methods
 
 RETURN_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -40,7 +40,7 @@ def report(results: dict) -> str:
     found = RowsByLength(results)
     gradients = next((gigabytes(row["gradient_bytes"]) for row in results["rows"] if "gradient_bytes" in row), "–")
     of_kind = report_of_gpu if is_of_gpu(results) else report_of_cpu
-    return "\n".join([*of_kind(results, found, gradients), "", describe(results), ""])
+    return page(*of_kind(results, found, gradients), describe(results))
 
 
 def is_of_gpu(results: dict) -> bool:
@@ -52,8 +52,8 @@ def size(entry: str):
     return lambda row: gigabytes(row[entry]) if row.get(entry) is not None else None
 
 
-def report_of_gpu(results: dict, found: RowsByLength, gradients: str) -> list[str]:
-    """Return a page that counts as the paper does, without the weights' gradients, with the paper's figures."""
+def report_of_gpu(results: dict, found: RowsByLength, gradients: str) -> list:
+    """Return parts of a page that counts as the paper does, without the weights' gradients, beside its figures."""
     activations = []
     for method in found.methods:
         activations.append(found.line(METHODS[method], method, size("activation_bytes")))
@@ -76,17 +76,14 @@ def report_of_gpu(results: dict, found: RowsByLength, gradients: str) -> list[st
         "Activation memory of one training step (forward, loss, backward), in GB (10^9 bytes), by tokens in the "
         f"sequence: the peak above the loaded model, less the {gradients} GB of the weights' gradients. Below it, "
         f"the paper's measurement on {DEVICE} (Table 3).",
-        "",
-        *found.table("GB", activations),
-        "",
-        *reasons(results["rows"]),
+        found.table("GB", activations),
+        reasons(results["rows"]),
         "The rest of the memory, and MA-GC's plans:",
-        "",
-        *found.table("GB", more),
+        found.table("GB", more),
     ]
 
 
-def report_of_cpu(results: dict, found: RowsByLength, gradients: str) -> list[str]:
+def report_of_cpu(results: dict, found: RowsByLength, gradients: str) -> list:
     peaks = [found.line(METHODS[method], method, size("peak_bytes")) for method in found.methods]
     for method in (method for method in found.methods if method.startswith("MA-GC")):
         name = METHODS[method]
@@ -102,15 +99,12 @@ def report_of_cpu(results: dict, found: RowsByLength, gradients: str) -> list[st
     return [
         "Peak memory of one training step (forward, loss, backward) above the loaded model, in GB (10^9 bytes), by "
         f"tokens in the sequence. {gradients} GB of each figure are the weights' gradients.",
-        "",
-        *found.table("GB", peaks),
-        "",
-        *([f"MA-GC's order is {' or '.join(orders)}.", ""] if orders else []),
-        *reasons(results["rows"]),
-        *([results["note"], ""] if "note" in results else []),
+        found.table("GB", peaks),
+        f"MA-GC's order is {' or '.join(orders)}." if orders else "",
+        reasons(results["rows"]),
+        results.get("note", ""),
         f"The same steps, in seconds: one run each{allocator}. `benchmarks/speed.py` measures the speed.",
-        "",
-        *found.table("seconds", seconds),
+        found.table("seconds", seconds),
     ]
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from common.memory_use import gigabytes
 from common.methods import AUTHORS, METHODS, RowsByLength
 from common.options import base_job, base_parser, parse_step
-from common.recording import Record, describe_environment, reasons, run_benchmark
+from common.recording import Record, describe_environment, page, reasons, run_benchmark
 from common.training_step import Step, TrainingStep, measure_by_method, measure_lengths
 
 LENGTHS = [2**14, 2**16, 2**18, 2**19]
@@ -114,17 +114,13 @@ def report(results: dict) -> str:
             lines.append(found.ratios(f"**{METHODS[method]} / {AUTHORS}: {name}**", method, AUTHORS, entry))
     times = sorted(row["time"] for row in results["rows"])
     authors = ", ".join(f"{name} {value}" for name, value in results["authors"].items()) or "not there"
-    text = [
+    measured = f"Measured from {times[0]} to {times[-1]}. " if times else ""
+    return page(
         f"One training step side by side, by tokens in the sequence. {AUTHORS.capitalize()}: {authors}.",
-        "",
-        *found.table("", lines),
-        "",
-        *reasons(results["rows"]),
-        f"Measured from {times[0]} to {times[-1]}. " if times else "",
-        describe_environment(results),
-        "",
-    ]
-    return "\n".join(text)
+        found.table("", lines),
+        reasons(results["rows"]),
+        measured + describe_environment(results),
+    )
 
 
 def main():

@@ -21,7 +21,7 @@ from common.figure import draw_bars
 from common.methods import METHODS, REFERENCE, RowsByLength
 from common.options import base_parser, parse_step
 from common.paper_figures import DEVICE, TOKENS_PER_SECOND
-from common.recording import Record, reasons, run_worker, table
+from common.recording import Record, page, reasons, run_worker, table
 from common.training_step import GPU_LENGTHS, describe, measure_lengths, new_row, run_methods
 
 STEPS = 2  # steps of a process that count
@@ -74,29 +74,19 @@ def report(results: dict) -> str:
             ours = found.get(method, length, entry)
             if ours:
                 paper.append([METHODS[method], f"{length:,}", f"{ours:,.0f}", f"{figure:,}", f"{ours / figure:.2f}"])
-    if paper:
-        header = ["method", "tokens", "tokens/s", "paper", "times"]
-        paper = [f"Beside the paper's measurement on {DEVICE} (Table 8):", "", *table(header, paper), ""]
+    header = ["method", "tokens", "tokens/s", "paper", "times"]
     counted = f"the median of {STEPS * results['rounds']}" if "rounds" in results else "of one step, or the median"
-    text = [
+    return page(
         "Tokens per second of one training step (forward, loss, backward), by tokens in the sequence.",
-        "",
-        *found.table("tokens/s", lines(lambda row: f"{row[entry]:,.0f}")),
-        "",
+        found.table("tokens/s", lines(lambda row: f"{row[entry]:,.0f}")),
         f"The same as a multiple of “{METHODS[REFERENCE]}”:",
-        "",
-        *found.table("speed", [found.ratios(METHODS[m], m, REFERENCE, entry) for m in found.methods]),
-        "",
-        *paper,
+        found.table("speed", [found.ratios(METHODS[m], m, REFERENCE, entry) for m in found.methods]),
+        *([f"Beside the paper's measurement on {DEVICE} (Table 8):", table(header, paper)] if paper else []),
         f"Seconds of a step: {counted}, and the range.",
-        "",
-        *found.table("seconds", lines(spread)),
-        "",
-        *reasons(results["rows"]),
+        found.table("seconds", lines(spread)),
+        reasons(results["rows"]),
         describe(results),
-        "",
-    ]
-    return "\n".join(text)
+    )
 
 
 def draw(results: dict, path: Path) -> None:

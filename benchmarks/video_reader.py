@@ -22,6 +22,7 @@ from common.recording import (
     describe_environment,
     describe_run,
     new_parser,
+    page,
     parse,
     publish,
     require_row,
@@ -74,18 +75,13 @@ def report(results: dict) -> str:
         times = [f"{row['seconds']:.1f}", f"{row['cpu_seconds']:.1f}", "x".join(map(str, row["frames"]))]
         lines.append([READERS[row["reader"]], *times, *(f"{size / 1e6:,.0f} MB" for size in sizes)])
     header = ["reader", "seconds", "CPU seconds", "frames", "bytes returned", "peak memory", "over what is returned"]
-    text = [
+    return page(
         f"A film of {film['seconds']} seconds, {WIDTH}x{HEIGHT}, {FRAMES_PER_SECOND} frames per second, H.264 at "
         f"{film['kilobits_per_second']} kbit/s, read at one frame per second.",
-        "",
-        *table(header, lines),
-        "",
+        table(header, lines),
         "Peak memory is above that of the same process after its imports; it includes the decoder's.",
-        "",
         describe_environment(results),
-        "",
-    ]
-    return "\n".join(text)
+    )
 
 
 def main():
@@ -109,7 +105,7 @@ def main():
             "readers": rows,
         }
 
-    publish(arguments, "video_reader", measure, report, page=True)
+    publish(arguments, "video_reader", measure, report, markdown=True)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from common.recording import (
     describe_environment,
     describe_run,
     new_parser,
+    page,
     parse,
     publish,
     require_row,
@@ -171,17 +172,13 @@ def report(results: dict) -> str:
     lines = [
         [row["what"], row["measured"], row["target"], "yes" if row["is_met"] else "no"] for row in results["targets"]
     ]
-    text = [
+    return page(
         f"A film of {film['seconds']:,} seconds (long) and one of {film['short_seconds']} (short), {WIDTH}x{HEIGHT}, "
         f"{FRAMES_PER_SECOND} frames per second, H.264, watched at one frame per second by the model that ships with "
         "the package. PyTorch has one thread; FFmpeg chooses its own number.",
-        "",
-        *table(["what", "measured", "target", "met"], lines, left=4),
-        "",
+        table(["what", "measured", "target", "met"], lines, left=4),
         describe_environment(results),
-        "",
-    ]
-    return "\n".join(text)
+    )
 
 
 def main():
@@ -208,7 +205,7 @@ def main():
             "measured": measured,
         }
 
-    publish(arguments, "watch", measure, report, page=True)
+    publish(arguments, "watch", measure, report, markdown=True)
 
 
 if __name__ == "__main__":

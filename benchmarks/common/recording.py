@@ -162,11 +162,11 @@ def publish(
     measure: Callable[[], dict],
     report: Callable[[dict], str],
     draw: Callable[[dict, Path], None] | None = None,
-    page: bool = False,
+    markdown: bool = False,
 ) -> None:
     """Measure, or with `--plot_only` read earlier results, and print the report.
 
-    Writes `NAME.json`, with `page` `NAME.md`, and with `draw` `NAME.png`.
+    Writes `NAME.json`, with `markdown` `NAME.md`, and with `draw` `NAME.png`.
     """
     path = arguments.output_dir / f"{name}.json"
     if arguments.plot_only:
@@ -175,7 +175,7 @@ def publish(
         results = measure()
         write_json(path, results)
     print(report(results))
-    if page:
+    if markdown:
         path.with_suffix(".md").write_text(report(results))
     if draw is not None:
         draw(results, path.with_suffix(".png"))
@@ -200,7 +200,7 @@ def run_benchmark(
         measure(record)
         return record.results
 
-    publish(arguments, name, measure_rows, report, draw, page=draw is not None)
+    publish(arguments, name, measure_rows, report, draw, markdown=draw is not None)
     if record.failed:
         rows = record.results["rows"]
         sys.exit(f"{len(record.failed)} of {len(rows)} rows of {name}.json failed; --resume measures them again.")
@@ -257,10 +257,15 @@ def table(header: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def reasons(rows: list[dict]) -> list[str]:
-    """Return a paragraph that says why rows are missing, as lines of a page."""
+def page(*parts: str | list[str]) -> str:
+    """Return a Markdown page of paragraphs and of tables, which are lists of lines. Empty parts are left out."""
+    return "\n\n".join(part if isinstance(part, str) else "\n".join(part) for part in parts if part) + "\n"
+
+
+def reasons(rows: list[dict]) -> str:
+    """Return a paragraph that says why rows are missing, or nothing."""
     found = dict.fromkeys(row.get("skipped") or f"failed, {row['failed']}" for row in rows if "seconds" not in row)
-    return [f"“–” was not measured: {'; '.join(found)}.", ""] if found else []
+    return f"“–” was not measured: {'; '.join(found)}." if found else ""
 
 
 def command_line(script: str) -> str:
