@@ -1,7 +1,7 @@
-# make demo          install, write films, train on them, print the accuracy, answer questions about one of them
+# make demo          install, write films, train on them, print the accuracy, answer questions about one film
 # make test          install, run the tests
 # make test-kernels  run mamba-ssm's kernels too, in Triton's interpreter: no GPU is needed
-# make quality       check style and lint; `make style` mends what it can
+# make quality       check style and lint; `make style` corrects them where it can
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,8 +10,8 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-kernels quality style default-checkpoint
 
-# One single-threaded process a core: models this small lose more than they gain by sharing an operation. What accelerate
-# calls multi-GPU is any number of processes, on CPUs too.
+# One process with one thread for each core: models this small lose more than they gain by sharing an operation among
+# threads. `--multi_gpu` is accelerate's name for several processes, on CPUs too.
 LAUNCH = OMP_NUM_THREADS=1 $(BIN)/accelerate launch --multi_gpu --num_processes 2 --num_machines 1 \
 	--mixed_precision no --dynamo_backend no
 
@@ -24,8 +24,8 @@ $(VENV)/.installed: setup.py setup.cfg
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-# mamba-ssm and causal-conv1d without what they compile, and apart from the environment: wherever Transformers can import
-# them, it takes their kernels. pip must not keep the wheels, lest a later installation takes them for whole.
+# mamba-ssm and causal-conv1d without their compiled parts. They lie outside the environment, because Transformers uses
+# their kernels wherever it can import them. pip must not cache the wheels, or a later installation would use them.
 $(VENV)/kernels/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet einops packaging setuptools triton wheel
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
@@ -49,19 +49,15 @@ style: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/python examples/make_videos.py --output_dir $(DEMO)/data
 	$(BIN)/python examples/make_tiny_model.py --train_file $(DEMO)/data/train.json --output_dir $(DEMO)/untrained
-	$(LAUNCH) examples/train.py --use_cpu \
+	$(LAUNCH) examples/train.py examples/demo.yaml \
 		--model_name_or_path $(DEMO)/untrained --output_dir $(DEMO)/model \
-		--train_file $(DEMO)/data/train.json --validation_file $(DEMO)/data/validation.json --keep_frames \
-		--num_train_epochs 9 --per_device_train_batch_size 8 --per_device_eval_batch_size 20 \
-		--learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps 0.1 --weight_decay 0.05 --adam_beta2 0.95 \
-		--activation_checkpointing \
-		--eval_strategy epoch --logging_steps 50 --save_strategy no --report_to none --disable_tqdm true
+		--train_file $(DEMO)/data/train.json --validation_file $(DEMO)/data/validation.json
 	OMP_NUM_THREADS=1 $(BIN)/python examples/evaluate.py --model $(DEMO)/model --output_file $(DEMO)/accuracy.json \
 		$(DEMO)/data/validation.json $(DEMO)/data/long.json
 	$(BIN)/python examples/ask.py --model $(DEMO)/model $(DEMO)/data/validation/00000.mp4 \
 		"Which shape appears?" "Which way does the ball move?" "Which colour is the flash?"
 
-# The model that the task loads when none is named: what `make demo` has made.
+# The model of `make demo` as the one that the task loads by default.
 default-checkpoint:
 	$(BIN)/python examples/ship_model.py --model $(DEMO)/model --accuracy $(DEMO)/accuracy.json \
 		--output_dir transformers_ma2mba/default_checkpoint

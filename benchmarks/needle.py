@@ -8,7 +8,7 @@ The model is the one that ships with the package, trained on films of 8 to 20 se
 `examples/make_videos.py`, of two kinds:
 
     quiet   nothing but the flash happens
-    busy    the five other events of the training films happen, too, once each, anywhere in the film
+    busy    the other events of the training films happen, too, once each, anywhere in the film
 
 `qa.watch` watches each rendered film from its first second to its last, one frame a second, without a video codec. All
 colours are equally frequent in each group of films (a length and a place), so guessing gets 0.25. An answer is right
@@ -32,7 +32,7 @@ MINUTES = [1, 2, 4, 8, 15, 30, 60, 120]
 DEPTHS = [0, 25, 50, 75, 100]  # percent
 SCENES = {
     "quiet": "Nothing but the flash happens",
-    "busy": "The five other events of the training films happen, too",
+    "busy": "The other events of the training films happen, too",
 }
 QUESTION = QUESTIONS["flash"][0]
 
@@ -48,7 +48,7 @@ def plan(scene: str, seconds: int, depth: int, colour: str, rng: random.Random) 
     return film
 
 
-def measure_cell(qa, scene: str, minutes: float, depth: int, num_films: int, seed: int) -> dict:
+def measure_films(qa, scene: str, minutes: float, depth: int, num_films: int, seed: int) -> dict:
     """Return the answers on `num_films` films and the share of right ones."""
     colours, said, ranked = list(COLOURS), [], 0
     start = time.perf_counter()
@@ -111,7 +111,7 @@ def draw(results: dict, path: Path) -> None:
     bar.outline.set_visible(False)
     bar.set_label("share of films answered word for word")
     num_films = results["films_per_cell"]
-    title = f"“{QUESTION}” The demo's model, trained on films of 8 to 20 seconds; {num_films} films a cell"
+    title = f"“{QUESTION}” The demo's model, trained on films of 8 to 20 seconds; {num_films} films a square"
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=160)
 
@@ -138,7 +138,7 @@ def measure_all(arguments) -> dict:
     qa = pipeline("video-question-answering")
     cells = []
     for scene, minutes, depth in product(arguments.scenes, arguments.minutes, arguments.depths):
-        cell = measure_cell(qa, scene, minutes, depth, arguments.films, arguments.seed)
+        cell = measure_films(qa, scene, minutes, depth, arguments.films, arguments.seed)
         cells.append(cell)
         shares = f"{cell['accuracy']:.2f}, ranked {cell['ranked_accuracy']:.2f} ({cell['seconds']:.0f} s)"
         print(f"{scene}, {minutes:g} min, flash at {depth} %: {shares}", flush=True)

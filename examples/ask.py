@@ -1,4 +1,4 @@
-"""Answers questions about a video file.
+"""Answer questions about a video file.
 
 python examples/ask.py film.mp4 "Which shape appears?" "Which way does the ball move?" --model demo/model
 """
@@ -14,7 +14,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("video")
     parser.add_argument("questions", nargs="+")
-    parser.add_argument("--model", help="a checkpoint; the tiny one that ships with the package unless given")
+    parser.add_argument("--model", help="a checkpoint (default: the tiny one that ships with the package)")
     args = parser.parse_args()
     qa = pipeline("video-question-answering", model=args.model)
     for question, entry in zip(args.questions, qa(video=args.video, question=args.questions), strict=True):

@@ -1,9 +1,9 @@
-"""Measures by kind of question how often the pipeline answers just as a list says, and prints a table.
+"""Measure how often the pipeline's answers equal those of a list, by kind of question, and print a table.
 
     python examples/evaluate.py --model demo/model demo/data/validation.json demo/data/long.json
 
-Each list is in the LLaVA-Video format; `kinds`, if its rows have them, name the kind of each question. Every question
-is asked on its own. "guessing" is what always giving the most frequent answer would get.
+Each list is in the LLaVA-Video format; its rows may have `kinds`, the kind of each question. Every question is asked
+on its own. "guessing" is the accuracy of the most frequent answer.
 """
 
 import argparse
@@ -13,12 +13,11 @@ from pathlib import Path
 
 from transformers import pipeline
 
-import transformers_ma2mba  # noqa: F401  registers the pipeline
-from transformers_ma2mba.data_collator import conversation_to_messages
+from transformers_ma2mba import conversation_to_messages
 
 
 def evaluate(qa, path: Path) -> dict[str, dict[str, float]]:
-    """Accuracy and guessing rate of each kind, and of all questions under "all"."""
+    """Return accuracy and guessing rate of each kind of question, and of all questions under "all"."""
     answers = defaultdict(list)
     rows = json.loads(path.read_text())
     for row in rows:

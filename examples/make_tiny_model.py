@@ -1,4 +1,4 @@
-"""Writes an untrained Ma²mba of 0.6M parameters, with a tokenizer made from a list of conversations.
+"""Write an untrained Ma²mba of 0.6M parameters, with a tokenizer made from a list of conversations.
 
     python examples/make_tiny_model.py --train_file demo/data/train.json --output_dir demo/untrained
 
@@ -18,8 +18,10 @@ ROLE_MARKER = r"<\|\w+\|>"
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that may merge across words: a question of `texts` is one token, any other text is
-    spelled out."""
+    """Return a byte-level BPE tokenizer that may merge across words.
+
+    A question of `texts` is one token; any other text is spelled out.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -92,8 +94,8 @@ def main():
     model = Ma2mbaForVideoQA(config)
     with torch.no_grad():
         # With the stock initialisation (A from 1 to the number of heads, small time steps) a head either forgets
-        # within tens of tokens or hardly writes. These start with strong writing and memories of up to thousands of
-        # tokens, and learn within hundreds of steps what takes thousands otherwise.
+        # within tens of tokens or hardly writes. These heads write strongly at first and remember up to thousands of
+        # tokens, so that they learn in hundreds of steps instead of thousands.
         for layer in model.model.language_model.layers:
             decay = torch.logspace(-3, -0.7, layer.mixer.num_heads)
             layer.mixer.A_log.copy_(decay.log())

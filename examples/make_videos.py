@@ -1,8 +1,8 @@
-"""Writes short .mp4 films with questions that no single frame can answer, in the LLaVA-Video format.
+"""Write short .mp4 films with questions that no single frame can answer, in the LLaVA-Video format.
 
     python examples/make_videos.py --output_dir demo/data
 
-Each film has six things going on at their own times, each in its place:
+Each film has five events, each at its own time and place, and six kinds of question about them:
 
     top left      a white shape appears for a while       what: which shape?   when: at the start, middle or end?
     top right     a ball comes, crosses and goes          direction: which way?
@@ -11,8 +11,8 @@ Each film has six things going on at their own times, each in its place:
     whole frame   a coloured flash of one second          flash: which colour?
 
 `train.json`, `validation.json` and `long.json` (films four times as long as the longest training film) list rows of
-`video`, `conversations` (human and gpt turns, one question a kind) and `kinds`; the same seed gives the same files.
-Point `examples/train.py` to your own list of the same form to train on real data.
+`video`, `conversations` (human and gpt turns, one question of each kind) and `kinds`. The same seed gives the same
+files. To train on real data, give `examples/train.py` a list of the same format.
 """
 
 import argparse
@@ -40,7 +40,7 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
 def plan_film(seconds: int, answers: dict[str, str], rng: random.Random) -> dict:
-    """Decides what happens when, in whole seconds, such that `answers` are the right ones."""
+    """Choose the time of each event in whole seconds, such that `answers` are right."""
     shown = rng.randint(2, 3)
     earliest, latest = {
         "start": (0, 0),
@@ -58,7 +58,7 @@ def plan_film(seconds: int, answers: dict[str, str], rng: random.Random) -> dict
         "shape": (answers["what"], shape_start, shape_start + shown),
         "ball": (answers["direction"], ball_start, ball_start + moving),
         "blocks": list(zip([answers["first"], second_colour], block_starts, strict=True)),
-        # every other second at most, so that two blinks never run into one
+        # at most every other second, so that two blinks never merge
         "blinks": rng.sample(range(0, seconds, 2), blinks),
         "flash": (answers["flash"], rng.randrange(seconds)),
         "texture": rng.randrange(2**32),
@@ -66,7 +66,7 @@ def plan_film(seconds: int, answers: dict[str, str], rng: random.Random) -> dict
 
 
 def render(film: dict):
-    """Yields the film's frames, `(SIDE, SIDE, 3)` uint8."""
+    """Yield the film's frames, `(SIDE, SIDE, 3)` uint8."""
     half = SIDE // 2
     rows, columns = np.mgrid[:half, :half]  # of one quarter of the frame
     x = y = half // 2
@@ -84,7 +84,7 @@ def render(film: dict):
     for second in range(film["seconds"]):
         still = background.copy()
         top_left, bottom_left, bottom_right = still[:half, :half], still[half:, :half], still[half:, half:]
-        bottom_right[disc <= 20**2] = 70  # the lamp is there when it is off, too
+        bottom_right[disc <= 20**2] = 70  # the lamp is visible when it is off, too
         if film["flash"][1] == second:
             still[:] = COLOURS[film["flash"][0]]
         shape, start, end = film["shape"]
@@ -101,7 +101,7 @@ def render(film: dict):
         for part in range(FPS):
             frame = still.copy()
             if start <= second < end:
-                # It rests for a second on one side, crosses, and rests on the other: -1 to 1.
+                # From -1 to 1: the ball rests for a second on one side, crosses, and rests on the other.
                 way = min(max((second + part / FPS - start - 1) / (end - start - 3), 0), 1) * 2 - 1
                 ball = (columns - x - step_x * way * 15) ** 2 + (rows - y - step_y * way * 15) ** 2 <= 15**2
                 frame[:half, half:][ball] = (250, 150, 60)
@@ -109,6 +109,7 @@ def render(film: dict):
 
 
 def write_film(path: Path, film: dict):
+    """Write the film as H.264."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "20"})
         stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
@@ -119,7 +120,10 @@ def write_film(path: Path, film: dict):
 
 
 def make_split(name: str, count: int, lengths: tuple[int, int], output_dir: Path, seed: int) -> list:
-    """The rows of one split and the jobs that write its films. Each kind's answers are as balanced as can be."""
+    """Write the rows of one split, and return arguments of `write_film` for its films.
+
+    The answers of each kind are as balanced as possible.
+    """
     rng = random.Random(f"{seed}/{name}")
     answers = {}
     for kind, (_, choices) in QUESTIONS.items():
@@ -128,7 +132,7 @@ def make_split(name: str, count: int, lengths: tuple[int, int], output_dir: Path
     rows, jobs = [], []
     for i in range(count):
         film_answers = {kind: answers[kind][i] for kind in QUESTIONS}
-        # Short films as often as long ones, by ratio: what holds across lengths holds for longer films, too.
+        # Lengths are uniform on a logarithmic scale, so that the model learns what also holds for longer films.
         seconds = round(math.exp(rng.uniform(*map(math.log, lengths))))
         film = plan_film(seconds, film_answers, rng)
         kinds = rng.sample(list(QUESTIONS), len(QUESTIONS))

@@ -1,4 +1,4 @@
-"""Copies the demo's model into the package as the checkpoint that the task loads when none is named.
+"""Copy the demo's model into the package as the checkpoint that the task loads when none is named.
 
     python examples/ship_model.py --model demo/model --accuracy demo/accuracy.json --output_dir checkpoint
 
@@ -42,7 +42,7 @@ confident its score: it has never seen a real video and knows no other words. Fo
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--accuracy", type=Path, required=True, help="what examples/evaluate.py wrote")
+    parser.add_argument("--accuracy", type=Path, required=True, help="the figures that examples/evaluate.py wrote")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
 

@@ -2,17 +2,21 @@
 
     accelerate launch examples/train.py --model_name_or_path CHECKPOINT --train_file train.json \
         --validation_file validation.json --output_dir trained --eval_strategy epoch
+    accelerate launch examples/train.py recipe.yaml --output_dir trained
 
-Files are lists in the LLaVA-Video format: rows of `video` (a path, from the list's folder on) and `conversations`.
-All options of `transformers.TrainingArguments` work; `--resume_from_checkpoint last` goes on where the run in
-`--output_dir` was stopped, and a path goes on from there.
+Data files are lists in the LLaVA-Video format: rows of `video` (a path, relative to the list's folder) and
+`conversations`. All options of `transformers.TrainingArguments` work. `--resume_from_checkpoint last` continues the
+run in `--output_dir`, and a path continues from that checkpoint. A recipe, such as `examples/demo.yaml`, holds options
+by name; options on the command line override it.
 """
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import yaml
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -21,35 +25,65 @@ from transformers_ma2mba import DataCollatorForVideoQA
 
 @dataclass
 class Arguments:
+    """Options beside those of `TrainingArguments`."""
+
     model_name_or_path: str = field(metadata={"help": "The checkpoint to start from."})
     train_file: str = field(metadata={"help": "A JSON list in the LLaVA-Video format."})
-    validation_file: str | None = field(default=None, metadata={"help": "Another, to measure accuracy on."})
-    video_folder: str | None = field(default=None, metadata={"help": "Where video paths start; the list's folder."})
-    keep_frames: bool = field(default=False, metadata={"help": "Keep decoded frames in memory; for small data sets."})
-    freeze: list[str] = field(default_factory=list, metadata={"help": "Modules to freeze, `vision_tower` for one."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same, to measure accuracy on."})
+    video_folder: str | None = field(
+        default=None, metadata={"help": "The folder of relative paths (default: the list's)."}
+    )
+    keep_frames: bool = field(default=False, metadata={"help": "Keep decoded frames in memory, for small data sets."})
+    freeze: list[str] = field(
+        default_factory=list, metadata={"help": "Names of modules to freeze, such as `vision_tower`."}
+    )
+
+
+def parse_arguments(words: list[str]) -> tuple[Arguments, TrainingArguments]:
+    """Parse a command line that may begin with a recipe, a YAML file of options; later options override it.
+
+    Raises:
+        ValueError: if the recipe is not a mapping.
+    """
+    if words and words[0].endswith((".yaml", ".yml")):
+        recipe = yaml.safe_load(Path(words[0]).read_text())
+        if not isinstance(recipe, dict):
+            raise ValueError(f"{words[0]} must hold options as `name: value`, got {recipe!r}.")
+        options = [(name, value) for name, value in recipe.items() if value is not None]
+        words = [word for name, value in options for word in (f"--{name}", *option_words(value))] + words[1:]
+    return HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses(words)
+
+
+def option_words(value) -> list[str]:
+    """Return an option's value as words of a command line."""
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    return [json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
 def load_rows(path: str | None, folder: str | None) -> list[dict] | None:
-    """The rows of a list, with paths that start from `folder` or from where the list is."""
+    """Return the rows of a list, their paths relative to `folder` or else to the list's own folder."""
     if path is None:
         return None
     start = Path(path).parent if folder is None else Path(folder)
 
-    def whole(paths):
+    def resolve(paths):
         if isinstance(paths, list):
-            return [whole(path) for path in paths]
+            return [resolve(path) for path in paths]
         return paths if "://" in paths else str(start / paths)
 
     rows = json.loads(Path(path).read_text())
-    return [{key: whole(row[key]) if key in ("video", "image") else row[key] for key in row} for row in rows]
+    return [{key: resolve(row[key]) if key in ("video", "image") else row[key] for key in row} for row in rows]
 
 
 def answer_accuracy(prediction) -> dict[str, float]:
-    """The share of answers whose tokens are all the most likely ones, their end included: those that greedy decoding
-    gets right, given the right answers to earlier questions."""
+    """Return the share of answers whose tokens, with the end token, are all the most likely ones.
+
+    Greedy decoding gets these answers right, given the right answers to earlier questions.
+    """
     right = []
     for predicted, labels in zip(prediction.predictions, prediction.label_ids, strict=True):
-        # Predictions are of supervised tokens alone; answers are runs of them.
+        # Only supervised tokens are predicted. An answer is a run of them.
         positions = np.flatnonzero(labels[1:] != -100)
         matches = labels[1:][positions] == predicted[: len(positions)]
         answers = np.split(matches, np.flatnonzero(np.diff(positions) > 1) + 1)
@@ -58,7 +92,7 @@ def answer_accuracy(prediction) -> dict[str, float]:
 
 
 def main():
-    args, training_args = HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses()
+    args, training_args = parse_arguments(sys.argv[1:])
     training_args.remove_unused_columns = False  # the collator needs the paths
     training_args.dataloader_pin_memory &= not training_args.use_cpu
     set_seed(training_args.seed)

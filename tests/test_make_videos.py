@@ -1,4 +1,4 @@
-"""examples/make_videos.py: the same films for the same seed, and right answers that cannot be guessed."""
+"""examples/make_videos.py: the seed decides the films, and the answers are right and hard to guess."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def rows_of(folder, split) -> list[dict]:
     return json.loads((folder / f"{split}.json").read_text())
 
 
-def test_the_same_seed_gives_the_same_files(films, tmp_path):
+def test_same_seed_gives_the_same_films(films, tmp_path):
     again, other = write_films(tmp_path / "again", seed=1), write_films(tmp_path / "other", seed=2)
     for split in SPLITS:
         assert (again / f"{split}.json").read_bytes() == (films / f"{split}.json").read_bytes()
@@ -60,7 +60,7 @@ def test_rows_are_in_the_llava_video_format(films):
                 assert answer["value"] in QUESTIONS[kind][1]
 
 
-def test_films_are_h264_and_the_long_ones_four_times_as_long(films):
+def test_films_are_h264_and_long_films_four_times_as_long(films):
     durations = {}
     for split in SPLITS:
         infos = [probe(films / row["video"]) for row in rows_of(films, split)]
@@ -71,7 +71,7 @@ def test_films_are_h264_and_the_long_ones_four_times_as_long(films):
 
 
 @pytest.mark.parametrize("count", [12, 60, 120, 1800])
-def test_guessing_is_right_at_most_about_once_in_three(tmp_path, count):
+def test_most_frequent_answers_are_right_at_most_about_once_in_three(tmp_path, count):
     make_videos.make_split("train", count, (10, 20), tmp_path, seed=0)
     answers = {kind: Counter() for kind in QUESTIONS}
     for row in rows_of(tmp_path, "train"):
@@ -83,12 +83,12 @@ def test_guessing_is_right_at_most_about_once_in_three(tmp_path, count):
         assert counter.keys() == set(QUESTIONS[kind][1]), kind
 
 
-def what_is_seen(frames: np.ndarray) -> dict[str, str]:
-    """The right answers, from pixels alone; `frames` are all of them, `FPS` a second."""
+def read_answers(frames: np.ndarray) -> dict[str, str]:
+    """Return the right answers by the pixels of all frames, `FPS` a second."""
     seconds = frames[::FPS]
     colours = {colour: name for name, colour in COLOURS.items()}
     in_the_corner = [colours.get(tuple(pixel)) for pixel in seconds[:, -1, -1]]
-    (flash,) = filter(None, in_the_corner)  # for one second
+    (flash,) = filter(None, in_the_corner)  # it lasts one second
 
     shown = np.flatnonzero((seconds[:, 32, 32] == 245).all(-1))
     assert (np.diff(shown) == 1).all()
@@ -119,10 +119,10 @@ def what_is_seen(frames: np.ndarray) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_answers_are_right(seed):
+def test_pixels_agree_with_the_answers(seed):
     rng = random.Random(seed)
     answers = {kind: rng.choice(choices) for kind, (_, choices) in QUESTIONS.items()}
     film = make_videos.plan_film(rng.randint(8, 40), answers, rng)
     frames = np.stack(list(make_videos.render(film)))
     assert len(frames) == film["seconds"] * FPS
-    assert what_is_seen(frames) == answers
+    assert read_answers(frames) == answers

@@ -24,7 +24,7 @@ ENVIRONMENT = {
 
 
 def run(*command) -> subprocess.CompletedProcess:
-    """A Python command in a process of its own."""
+    """Run Python with a command in a process of its own."""
     command = [sys.executable, *map(str, command)]
     finished = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr[-5000:]
@@ -47,8 +47,10 @@ def demo(tmp_path_factory):
 
 
 def arguments(demo, output_dir, **options) -> list[str]:
-    """Four steps of four films each, whatever the number of processes. Steps of plain gradient descent, as Adam blows
-    up the least difference in rounding."""
+    """Return options for four steps of four films each.
+
+    The optimizer is plain gradient descent, because Adam magnifies the smallest difference in rounding.
+    """
     options = {
         "model_name_or_path": demo / "untrained",
         "train_file": demo / "train.json",
@@ -72,7 +74,7 @@ def arguments(demo, output_dir, **options) -> list[str]:
 
 @pytest.fixture(scope="module")
 def launched(demo):
-    """Trained by one process."""
+    """A checkpoint that one process has trained."""
     launch = ["-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--cpu"]
     launch += ["--mixed_precision=no", "--dynamo_backend=no", EXAMPLES / "train.py"]
     run(*launch, *arguments(demo, demo / "launched"))
@@ -80,7 +82,7 @@ def launched(demo):
 
 
 def train_here(patch, *arguments):
-    """In this process, where a deprecation is an error, on as many threads as a launched process has."""
+    """Train in this process, where a deprecation is an error, with one thread, as a launched process has."""
     patch.setattr(sys, "argv", ["train.py", *arguments])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -110,16 +112,14 @@ def test_one_process_logs_loss_and_accuracy(demo, launched):
     assert {".".join(name.split(".")[:2]) for name in trained} == parts
 
 
-def test_what_was_trained_answers(demo, launched):
-    """The output folder is a checkpoint with everything that the pipeline needs."""
+def test_pipeline_loads_the_trained_checkpoint(demo, launched):
     row = json.loads((demo / "validation.json").read_text())[0]
     qa = pipeline("video-question-answering", model=str(launched))
     ranked = qa(video=str(demo / row["video"]), question=row["conversations"][2]["value"], candidates=["red", "blue"])
     assert sum(entry["score"] for entry in ranked) == pytest.approx(1)
 
 
-def test_resuming_gives_the_weights_of_a_run_without_interruption(demo, launched, monkeypatch):
-    """Bit for bit; and frames that are kept in memory are those that are read again."""
+def test_resumed_run_with_kept_frames_gives_the_same_weights(demo, launched, monkeypatch):
     shutil.copytree(launched / "checkpoint-2", demo / "resumed" / "checkpoint-2")
     options = {"resume_from_checkpoint": "last", "keep_frames": True}
     train_here(monkeypatch, *arguments(demo, demo / "resumed", **options))
@@ -128,10 +128,10 @@ def test_resuming_gives_the_weights_of_a_run_without_interruption(demo, launched
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
-def test_two_processes_learn_what_one_does(demo, launched):
-    """The same films in a step, shared out: the same loss and the same weights but for rounding."""
-    # `accelerate launch --cpu` starts one process, whatever --num_processes says; this is how it starts two, which
-    # find no GPU and talk through gloo.
+def test_two_processes_give_the_loss_and_weights_of_one(demo, launched):
+    """Both runs have the same films in a step; losses and weights differ by rounding only."""
+    # `accelerate launch --cpu` always starts one process. With --multi_gpu it starts two, which find no GPU and use
+    # gloo.
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
     launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", EXAMPLES / "train.py"]
     run(*launch, *arguments(demo, demo / "two", per_device_train_batch_size=2))
@@ -143,7 +143,7 @@ def test_two_processes_learn_what_one_does(demo, launched):
         assert_close(two[name], weight, rtol=0, atol=2e-6)  # a step changes weights by up to 1e-2
 
 
-def test_frozen_modules_stay_as_they_are(demo, monkeypatch):
+def test_frozen_modules_keep_their_weights(demo, monkeypatch):
     options = {"freeze": "vision_tower", "max_steps": 1, "eval_strategy": "no"}
     train_here(monkeypatch, *arguments(demo, demo / "frozen", **options))
     before, after = (load_file(demo / name / "model.safetensors") for name in ("untrained", "frozen"))
@@ -151,11 +151,11 @@ def test_frozen_modules_stay_as_they_are(demo, monkeypatch):
     assert changed == {"multi_modal_projector", "language_model"}
 
 
-def test_accuracy_counts_answers_that_are_right_to_the_end():
-    """Three answers in two conversations: right, wrong at its end, right."""
+def test_accuracy_counts_answers_with_a_right_end():
+    """Of three answers in two conversations, the second has a wrong end."""
 
     class Prediction:
-        # The first position predicts the second. Padding is on the left; what the Trainer fills up is on the right.
+        # The first position predicts the second. The collator pads on the left, the Trainer on the right.
         label_ids = np.array(
             [[-100, -100, 5, 6, 0, -100, 7, 0, -100], [-100, -100, -100, -100, 8, 0, -100, -100, -100]]
         )
@@ -164,10 +164,42 @@ def test_accuracy_counts_answers_that_are_right_to_the_end():
     assert train.answer_accuracy(Prediction) == {"accuracy": pytest.approx(2 / 3)}
 
 
-def test_paths_start_where_their_list_is(tmp_path):
+def test_paths_are_relative_to_their_list(tmp_path):
     rows = [{"video": "a.mp4"}, {"image": ["b.png", "https://host/c.png"]}, {"conversations": []}]
     (tmp_path / "list.json").write_text(json.dumps(rows))
     beside = [{"video": f"{tmp_path}/a.mp4"}, {"image": [f"{tmp_path}/b.png", "https://host/c.png"]}, rows[2]]
     assert train.load_rows(tmp_path / "list.json", None) == beside
     assert train.load_rows(tmp_path / "list.json", "elsewhere")[0] == {"video": "elsewhere/a.mp4"}
     assert train.load_rows(None, None) is None
+
+
+def test_command_line_overrides_a_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model_name_or_path: a model\ntrain_file: list.json\nfreeze: [vision_tower, lm_head]\nlearning_rate: 1e-3\n"
+        "use_cpu: true\nsave_strategy: 'no'\nactivation_checkpointing_kwargs: {offload: true}\neval_strategy:\n"
+    )
+    args, training_args = train.parse_arguments([str(recipe), "--train_file", "other.json", "--max_steps=3"])
+    assert (args.model_name_or_path, args.train_file) == ("a model", "other.json")
+    assert args.freeze == ["vision_tower", "lm_head"]
+    assert (training_args.learning_rate, training_args.max_steps, training_args.use_cpu) == (1e-3, 3, True)
+    assert training_args.activation_checkpointing_kwargs == {"offload": True}
+    assert training_args.save_strategy == training_args.eval_strategy == "no"
+
+
+def test_recipe_must_hold_options(tmp_path):
+    (tmp_path / "recipe.yml").write_text("- learning_rate\n")
+    with pytest.raises(ValueError, match="must hold options as `name: value`, got \\['learning_rate'\\]"):
+        train.parse_arguments([str(tmp_path / "recipe.yml")])
+    (tmp_path / "recipe.yml").write_text("learning_speed: 1\n")
+    with pytest.raises(ValueError, match="learning_speed"):
+        train.parse_arguments([str(tmp_path / "recipe.yml"), "--model_name_or_path=a", "--train_file=b"])
+
+
+def test_recipe_of_the_demo():
+    paths = {"model_name_or_path": "a", "train_file": "b", "output_dir": "c"}
+    words = [f"--{name}={value}" for name, value in paths.items()]
+    args, training_args = train.parse_arguments([str(EXAMPLES / "demo.yaml"), *words])
+    assert args.keep_frames and training_args.use_cpu and training_args.activation_checkpointing
+    assert (training_args.num_train_epochs, training_args.learning_rate) == (9, 1e-3)
+    assert training_args.save_strategy == "no"

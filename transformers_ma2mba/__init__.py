@@ -3,7 +3,7 @@
 from . import auto  # noqa: F401  registers
 from .checkpoint_plan import CheckpointPlan, plan_checkpoints
 from .configuration_ma2mba import Ma2mbaConfig
-from .data_collator import DataCollatorForVideoQA
+from .data_collator import DataCollatorForVideoQA, conversation_to_messages
 from .modeling_ma2mba import Ma2mbaForVideoQA, Ma2mbaModel
 from .multi_axis_checkpointing import disable_multi_axis_checkpointing, enable_multi_axis_checkpointing
 from .pipeline_video_question_answering import VideoQuestionAnsweringPipeline
@@ -29,6 +29,7 @@ __all__ = [
     "VideoSession",
     "VideoStreamError",
     "__version__",
+    "conversation_to_messages",
     "disable_multi_axis_checkpointing",
     "enable_multi_axis_checkpointing",
     "iter_frames",
