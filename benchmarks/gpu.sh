@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
-# Everything that is measured on one NVIDIA GPU: builds what is missing, checks the kernels, measures, writes JSON.
+# All measurements on one NVIDIA GPU: builds missing kernels, checks them, measures, and writes JSON and a page.
 #
 #     benchmarks/gpu.sh                       # all parts in order
 #     benchmarks/gpu.sh memory speed          # some
-#     benchmarks/gpu.sh --limit 0 film        # without a limit of time
-#     benchmarks/gpu.sh --dry-run             # what it would do; needs no GPU
+#     benchmarks/gpu.sh --limit 0 film        # without a time limit
+#     benchmarks/gpu.sh --dry-run             # shows the commands; needs no GPU
 #     benchmarks/gpu.sh --tiny --output_dir elsewhere   # rehearses the measurements on a CPU, in a few minutes
 #
 # parts: build check memory speed side-by-side longest film profile report
 #
-#     --limit SECONDS     of each part (default 540). What is cut off goes on with the next call.
-#     --most_steps N      of each length in memory, speed and side-by-side (default 3); 1 where time is short
-#     --again             measure parts that are finished once more
-#     --output_dir PATH   for the results (default benchmarks/results)
+#     --limit SECONDS     time limit of each part (default 540); the next call continues a part that was cut off
+#     --most_steps N      steps of each length in memory, speed and side-by-side (default 3); 1 if time is short
+#     --again             measure finished parts once more
+#     --output_dir PATH   folder of the results (default benchmarks/results)
 #
 # Builds, wheels, logs and the stamps of finished parts are in MA2MBA_GPU_DIR (default gpu_build). A machine without a
-# network needs, in there or where the variables say:
+# network needs these folders, under that directory or at the paths in the variables:
 #
 #     MA2MBA_SOURCES   sources            causal_conv1d-*.tar.gz and mamba_ssm-*.tar.gz, to be compiled for this GPU
-#     MA2MBA_WHEELS    wheels_carried     wheels of whatever else the machine lacks, such as Transformers
+#     MA2MBA_WHEELS    wheels_carried     wheels of other packages that the machine lacks, such as Transformers
 #     MA2MBA_AUTHORS   ma2mba             a checkout of klae01/ma2mba
 #
-# What has been compiled is kept in wheels/, for the next such machine. PYTHON is the interpreter (default python3).
+# Compiled wheels are kept in wheels/ for the next such machine. PYTHON is the interpreter (default python3).
 set -euo pipefail
 HERE=$PWD
 cd "$(dirname "$0")/.."
@@ -85,8 +85,8 @@ install_wheels() {
     run "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$DIR/site" "$@"
 }
 
-# A source distribution to $DIR/source_NAME, with setup.py changed to compile for this GPU alone: both packages append a
-# dozen architectures by hand, whatever TORCH_CUDA_ARCH_LIST says.
+# Unpacks a source distribution to $DIR/source_NAME and changes its setup.py to compile for this GPU only: both packages
+# append a dozen architectures by hand and ignore TORCH_CUDA_ARCH_LIST.
 unpack() {
     local name=$1 archive
     [[ -e $DIR/source_$name/setup.py ]] && return
@@ -155,7 +155,7 @@ check() {
     run "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_offload.py -k gpu
 }
 
-# A script of benchmarks/, which takes up what an earlier call has measured.
+# Runs a script of benchmarks/, which keeps the rows of an earlier call.
 measure() {
     local script=$1 resume=(--resume)
     shift
@@ -169,8 +169,8 @@ part() {
         check) check ;;
         memory) measure memory --most_steps "$STEPS" ;;
         speed)
-            AGAIN='' # memory has timed its steps: only what it lacks
-            [[ $DRY_RUN ]] || has_files "$OUTPUT/memory_cuda.json" || echo "memory comes first: here every step is run."
+            AGAIN='' # takes over the steps that memory has timed
+            [[ $DRY_RUN ]] || has_files "$OUTPUT/memory_cuda.json" || echo "Every step is run: memory has no results."
             measure speed --most_steps "$STEPS"
             ;;
         side-by-side)
@@ -182,14 +182,14 @@ part() {
             fi
             ;;
         longest) measure longest ;;
-        # The rest of the limit is for the training step, and for starting.
+        # The rest of the limit is for the training step and for loading the model.
         film) measure film --most_seconds $((LIMIT > 0 ? LIMIT * 5 / 9 : 1000000)) ;;
         profile) measure breakdown ;;
         report) run "$PYTHON" benchmarks/gpu_report.py --output_dir "$OUTPUT" ;;
     esac
 }
 
-if [[ ${MA2MBA_PART:-} ]]; then # the call within, under the limit of time
+if [[ ${MA2MBA_PART:-} ]]; then # this process is the inner call, under the time limit
     part "$MA2MBA_PART"
     exit
 fi
@@ -207,7 +207,7 @@ failed=()
 for name in "${PARTS[@]}"; do
     stamp=$DIR/stamps/$name
     [[ $AGAIN && ! $DRY_RUN ]] && rm -f "$stamp"
-    # What they take is little, and depends on what has changed.
+    # Reports and builds run again, because they are quick and depend on the other parts.
     if [[ $name != report && $name != build && -e $stamp && ! $DRY_RUN ]]; then
         echo "== $name: finished before (--again measures it once more)"
         continue
@@ -225,7 +225,7 @@ for name in "${PARTS[@]}"; do
         touch "$stamp"
         echo "== $name: finished in $((SECONDS - start)) seconds; log in $DIR/logs/$name.log"
     elif ((status == 124 || status == 137)); then
-        echo "== $name: cut off after $LIMIT seconds; the same call goes on with it." >&2
+        echo "== $name: cut off after $LIMIT seconds; the same call continues it." >&2
         exit 3
     else
         echo "== $name: failed; see $DIR/logs/$name.log. The next call tries again." >&2

@@ -74,7 +74,15 @@ def report(results: dict) -> str:
         sizes = (row["returned_bytes"], row["peak_bytes"], row["peak_bytes"] - row["returned_bytes"])
         times = [f"{row['seconds']:.1f}", f"{row['cpu_seconds']:.1f}", "x".join(map(str, row["frames"]))]
         lines.append([READERS[row["reader"]], *times, *(f"{size / 1e6:,.0f} MB" for size in sizes)])
-    header = ["reader", "seconds", "CPU seconds", "frames", "bytes returned", "peak memory", "over what is returned"]
+    header = [
+        "reader",
+        "seconds",
+        "CPU seconds",
+        "frames",
+        "bytes returned",
+        "peak memory",
+        "beyond the bytes returned",
+    ]
     return page(
         f"A film of {film['seconds']} seconds, {WIDTH}x{HEIGHT}, {FRAMES_PER_SECOND} frames per second, H.264 at "
         f"{film['kilobits_per_second']} kbit/s, read at one frame per second.",

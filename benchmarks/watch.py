@@ -130,14 +130,14 @@ def check(measured: dict) -> list[dict]:
     after_long, after_short = measured["ask"]["milliseconds"]
     targets = []
 
-    def add(what: str, value: str, target: str, is_met: bool) -> None:
-        targets.append({"what": what, "measured": value, "target": target, "is_met": bool(is_met)})
+    def add(name: str, value: str, target: str, is_met: bool) -> None:
+        targets.append({"what": name, "measured": value, "target": target, "is_met": bool(is_met)})
 
     for unit in ("seconds", "cpu_seconds"):
         ratio = long[unit] / (decode[unit] + model[unit])
-        what = f"watching the long film, {unit.replace('cpu_', 'CPU ')}"
+        name = f"watching the long film, {unit.replace('cpu_', 'CPU ')}"
         parts = f"{long[unit]:.1f}; decoding {decode[unit]:.1f}, model {model[unit]:.1f}: {ratio:.2f} x their sum"
-        add(what, parts, f"at most {MOST_TIME} x decoding and model alone", ratio <= MOST_TIME)
+        add(name, parts, f"at most {MOST_TIME} x decoding and model alone", ratio <= MOST_TIME)
     difference = abs(long["peak_bytes"] - short["peak_bytes"])
     memory = f"{long['peak_bytes'] / 1e6:,.0f} MB; short film {short['peak_bytes'] / 1e6:,.0f} MB"
     most = f"at most {MOST_DIFFERENCE / 1e6:.0f} MB apart"

@@ -2,7 +2,7 @@
 
     python examples/ship_model.py --model demo/model --accuracy demo/accuracy.json --output_dir checkpoint
 
-Writes weights, processor and a model card that says what the model can and cannot answer.
+Writes weights, processor and a model card that lists the model's questions and accuracy.
 """
 
 import argparse

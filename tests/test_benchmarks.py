@@ -425,6 +425,7 @@ def test_page_compares_with_the_authors():
     assert "| **MA-GC / the authors' code: memory beyond weights and gradients** | – | 0.50 |" in page
     assert "| **MA-GC / the authors' code: speed** | – | 2.00 |" in page
     assert "commit abc" in page
+    assert page.count("| the authors' code: tokens/s |") == page.count("| MA-GC: tokens/s |") == 1
 
 
 def test_gpu_report_gathers_all_results(tmp_path):

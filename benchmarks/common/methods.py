@@ -1,4 +1,4 @@
-"""The methods of gradient checkpointing that are compared, and tables of their rows."""
+"""The compared methods of gradient checkpointing, and tables of their rows."""
 
 from collections.abc import Callable
 
@@ -14,9 +14,8 @@ METHODS = {
     "MA-GC-minimal": 'MA-GC, memory_budget="minimal"',
     "MA-GC-offload": "MA-GC, checkpoints in host memory",
     "MA-GC-offload-2.8GB": "MA-GC, offload in 2.8 GB",
-    "the authors' code": "the authors' code",
 }
-AUTHORS = "the authors' code"  # `side_by_side.py` alone runs it
+AUTHORS = "the authors' code"  # only `side_by_side.py` runs it
 REFERENCE = "every-layer"
 CPU_METHODS = ["none", "every-layer", "every-sqrt", "every-layer-ssd-scan", "MA-GC", "MA-GC-minimal"]
 # On a GPU, where the stock methods have kernels to scan with; the most important first.
@@ -26,7 +25,9 @@ GPU_METHODS = ["MA-GC", "none", "MA-GC-minimal", "MA-GC-offload-2.8GB", "every-l
 class RowsByLength:
     """Rows of a file as tables with a column for each length.
 
-    `methods` and `lengths` are those of the file in order.
+    Attributes:
+        methods: methods of the file, in the order of `METHODS`.
+        lengths: lengths of the file in tokens, in order.
     """
 
     def __init__(self, results: dict):
