@@ -104,6 +104,7 @@ def projector_flops(config) -> float:
 
 
 def share_of_peak(flops: float, seconds: float, device: str) -> float | None:
+    """Return the share of `PEAK_FLOPS` on a GPU, or None on a CPU."""
     return round(flops / seconds / PEAK_FLOPS, 4) if device == "cuda" else None
 
 
@@ -271,6 +272,7 @@ def measure_one(job: dict) -> Iterator[dict]:
 
 
 def percentage(share: float | None) -> str:
+    """Return a share in percent, or a dash for None."""
     return "–" if share is None else f"{share:.1%}"
 
 

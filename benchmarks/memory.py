@@ -44,6 +44,7 @@ def report(results: dict) -> str:
 
 
 def is_of_gpu(results: dict) -> bool:
+    """Return whether the results are of a GPU or of a rehearsal."""
     return results["job"].get("step") == "tokens"
 
 
@@ -84,6 +85,7 @@ def report_of_gpu(results: dict, found: RowsByLength, gradients: str) -> list:
 
 
 def report_of_cpu(results: dict, found: RowsByLength, gradients: str) -> list:
+    """Return parts of a page with the weights' gradients in its figures."""
     peaks = [found.line(METHODS[method], method, size("peak_bytes")) for method in found.methods]
     for method in (method for method in found.methods if method.startswith("MA-GC")):
         name = METHODS[method]

@@ -90,6 +90,7 @@ def with_tile(tile: int):
 
 
 def milliseconds(seconds: list[float]) -> float:
+    """Return the median."""
     return round(statistics.median(seconds) * 1e3, 2)
 
 

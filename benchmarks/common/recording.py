@@ -143,6 +143,7 @@ class Record:
 
     @property
     def failed(self) -> list[dict]:
+        """The rows whose worker failed."""
         return [row for row in self.results["rows"] if "failed" in row]
 
 
@@ -192,18 +193,18 @@ def run_benchmark(
     keys: tuple[str, ...] = ("method", "length"),
 ) -> None:
     """Publish a benchmark whose rows `measure` adds to a record. With `draw` it has a page, too."""
-    head = {**describe_run(script, arguments.device, arguments.threads), **head}
-    resume = arguments.resume and not arguments.plot_only
-    record = Record(arguments.output_dir / f"{name}.json", head, resume, keys)
+    failed = []
 
     def measure_rows() -> dict:
+        run = describe_run(script, arguments.device, arguments.threads)
+        record = Record(arguments.output_dir / f"{name}.json", {**run, **head}, arguments.resume, keys)
         measure(record)
+        failed.extend(record.failed)
         return record.results
 
     publish(arguments, name, measure_rows, report, draw, markdown=draw is not None)
-    if record.failed:
-        rows = record.results["rows"]
-        sys.exit(f"{len(record.failed)} of {len(rows)} rows of {name}.json failed; --resume measures them again.")
+    if failed:
+        sys.exit(f"{len(failed)} rows of {name}.json failed; --resume measures them again.")
 
 
 # Conditions and tables

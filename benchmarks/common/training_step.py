@@ -48,11 +48,13 @@ class LayerGroup(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def run(self, hidden_states, **kwargs):
+        """Run the layers."""
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
         return hidden_states
 
     def forward(self, hidden_states, **kwargs):
+        """Run the layers under a checkpoint."""
         return checkpoint(self.run, hidden_states, use_reentrant=False, **kwargs)
 
 
@@ -85,6 +87,7 @@ class Step:
         return seconds
 
     def make_model(self, job: dict) -> nn.Module:
+        """Return the job's model on the device."""
         raise NotImplementedError
 
     def forward(self, length: int) -> torch.Tensor:
@@ -97,6 +100,7 @@ class Step:
         return input_ids, torch.randint(vocabulary, (min(PREDICTED, length),), device=self.device)
 
     def synchronize(self):
+        """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -105,6 +109,7 @@ class Step:
         return sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
 
     def has_finite_gradients(self) -> bool:
+        """Return whether all gradients of the weights are finite."""
         return all(bool(p.grad.isfinite().all()) for p in self.model.parameters() if p.grad is not None)
 
 
@@ -211,6 +216,8 @@ def measure_by_method(
     """Measure the rows that the record lacks, in one process for each method.
 
     Args:
+        lengths: in tokens, the shortest first.
+        most_steps: the limit of steps of a length.
         script: the script whose worker measures.
         options: for [`worker_rows`].
     """
