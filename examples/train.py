@@ -1,4 +1,4 @@
-"""Trains a Ma²mba checkpoint on videos with the stock Trainer.
+"""Train a Ma²mba checkpoint on videos with the stock Trainer.
 
     accelerate launch examples/train.py --model_name_or_path CHECKPOINT --train_file train.json \
         --validation_file validation.json --output_dir trained --eval_strategy epoch
