@@ -25,7 +25,7 @@ from transformers_ma2mba import (
     iter_frames,
     read_video,
 )
-from transformers_ma2mba.recurrent_state import cache_to_tensors
+from transformers_ma2mba.state_file import cache_to_tensors
 from transformers_ma2mba.video_session import watch_together
 
 QUESTIONS = ["Who opens the door?", "Which colour is it?", "Why?", "What?", "Where is it?"]
@@ -296,7 +296,7 @@ def test_memory_does_not_grow(session, monkeypatch):
     watched.extend(stream())
     assert sizes == [4] * 15
     assert most <= 6
-    assert watched._memory.window == ()
+    assert watched._film.num_waiting == 0
 
 
 # While frames arrive
@@ -562,7 +562,7 @@ def test_files_of_short_and_long_films_are_equally_large(session, tmp_path):
         session().extend(frames).save(tmp_path / name)
         sizes.append((tmp_path / name).stat().st_size)
     watched = session().extend(FRAMES)
-    watched._memory = watched._memory._replace(num_frames=7200 * 24)  # as if
+    watched._film._memory = watched._film._memory._replace(num_frames=7200 * 24)  # as if
     watched.save(tmp_path / "hours")
     assert set(sizes) == {(tmp_path / "hours").stat().st_size}
 

@@ -1,10 +1,11 @@
-"""Questions to a recurrent state: answers in words, and candidates ranked by their likelihood.
+"""Questions to a recurrent state: prompts, answers as text, candidates ranked by likelihood, and conversations.
 
-Questions of one length go through the model as one batch, on copies of one state. Those of different lengths do not:
-padding in front of a question would become part of the memory of the film.
+Questions of one length go through the model as one batch, on copies of one state. Questions of different lengths do
+not, because padding in front of a question would become part of the memory of the film.
 """
 
 import copy
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,18 +14,17 @@ from transformers import Cache
 
 from .recurrent_state import copy_cache
 
-# How many copies of a state are made at a time.
-_MAX_COPIES = 16
+_MAX_COPIES = 16  # the number of copies of a state that exist at a time
 
 
 class Answerer:
-    """What asks a model, and puts what it says into words.
+    """Asks a model questions about a recurrent state.
 
     Args:
         model ([`Ma2mbaForVideoQA`]): the model.
         processor ([`Ma2mbaProcessor`]): its processor.
-        prepare_generate_kwargs: a function of the options for `generate` and of overrides, as pipelines have it; it
-            adds defaults. Answers have at most 128 tokens unless given.
+        prepare_generate_kwargs: adds defaults to the options for `generate`, like the method of pipelines with this
+            name: a function of the options and of overrides. By default an answer has at most 128 tokens.
     """
 
     def __init__(self, model, processor, prepare_generate_kwargs: Callable[..., dict] | None = None):
@@ -32,25 +32,39 @@ class Answerer:
         self.tokenizer = processor.tokenizer
         self._prepare = prepare_generate_kwargs or self._with_defaults
 
+    def ask(self, cache: Cache, question: str | list[str], candidates: list[str] | None = None, **generate_kwargs):
+        """Answers one question, or a list of questions independently; see [`VideoSession.ask`].
+
+        Args:
+            cache: the state of one film up to the end of its video; it is not changed.
+
+        Raises:
+            ValueError: if the question or the candidates are empty.
+        """
+        questions, candidates = checked_questions(question, self.processor), checked_candidates(candidates)
+        prompts = [text_after_video(self.processor, [user_message(text, with_video=True)]) for text in questions]
+        results = self.answer(cache, prompts, candidates, **generate_kwargs)
+        return results[0] if isinstance(question, str) else results
+
     def tokenize(self, text: str) -> list[int]:
-        """Tokens of a piece from the middle of a prompt."""
+        """Tokenizes a part from the middle of a prompt."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     @torch.no_grad()
     def answer(
         self, cache: Cache, prompts: Sequence[str], candidates: list[str] | None = None, **generate_kwargs
     ) -> list[dict | list[dict]]:
-        """Answers each prompt as if it were the only one.
+        """Answers each prompt independently of the others.
 
         Args:
-            cache: the state, of one sample, that every prompt continues; it stays as it is.
-            prompts: texts, up to where the answer begins.
-            candidates: answers to choose from.
-            generate_kwargs: for `generate`, without `candidates`.
+            cache: the state of one sample that every prompt continues; it is not changed.
+            prompts: texts up to the beginning of the answer.
+            candidates: answers to rank by likelihood; without them `generate` writes the answer.
+            generate_kwargs: options for `generate`.
 
         Returns:
             For each prompt `{"answer": str, "score": float}`, or a list of these if there are candidates or `generate`
-            was asked for several answers.
+            returns several sequences.
         """
         tokens = [self.tokenize(prompt) for prompt in prompts]
         alone = any(generate_kwargs.get(name) is not None for name in ("streamer", "assistant_model"))
@@ -70,13 +84,13 @@ class Answerer:
         generate_kwargs = self._prepare(generate_kwargs, return_dict_in_generate=True, output_logits=True)
         outputs = self.model.generate(input_ids=input_ids, cache_params=cache, **generate_kwargs)
         answers = outputs.sequences[:, input_ids.shape[1] :]
-        # Of the logits as they are: `scores` are what temperature, penalties and the like make of them.
+        # From the raw logits, because temperature and penalties have changed `scores`.
         log_probabilities = self.model.compute_transition_scores(
             outputs.sequences, outputs.logits, getattr(outputs, "beam_indices", None), normalize_logits=True
         )
         entries = []
         for answer, scores in zip(answers, log_probabilities, strict=True):
-            # What stands behind the end of an answer is padding.
+            # The rest of a row after the end of its answer is padding.
             ends = (answer == self.tokenizer.eos_token_id).nonzero()
             length = int(ends[0]) + 1 if len(ends) else len(answer)
             text = self.processor.decode(answer[:length].tolist(), skip_special_tokens=True).strip()
@@ -86,7 +100,7 @@ class Answerer:
             yield entries[start] if each == 1 else entries[start : start + each]
 
     def _rank(self, input_ids: torch.Tensor, cache: Cache, candidates: list[str]) -> Iterator[list[dict]]:
-        """The candidates with their shares of the likelihood, best first."""
+        """Yields for each prompt the candidates with their shares of the likelihood, best first."""
         outputs = self.model(input_ids=input_ids, cache_params=cache, use_cache=True, logits_to_keep=1)
         tokens = [self.tokenize(candidate) for candidate in candidates]
         likelihoods = outputs.logits.new_empty(len(input_ids), len(candidates))
@@ -115,7 +129,7 @@ class Answerer:
             overrides["max_new_tokens"] = 128
         if given is None:
             return {**generate_kwargs, **overrides}
-        given.update(**overrides)  # `generate` wants either a config or options
+        given.update(**overrides)  # `generate` takes either a config or options
         return {**generate_kwargs, "generation_config": given}
 
     def _tensor(self, rows: list[list[int]]) -> torch.Tensor:
@@ -123,7 +137,7 @@ class Answerer:
 
 
 def _batches(rows: Sequence[list[int]], size: int) -> Iterator[list[int]]:
-    """Indices of rows of one length, at most `size` at a time."""
+    """Yields the indices of rows of equal length, at most `size` at a time."""
     by_length = defaultdict(list)
     for index, row in enumerate(rows):
         by_length[len(row)].append(index)
@@ -132,11 +146,79 @@ def _batches(rows: Sequence[list[int]], size: int) -> Iterator[list[int]]:
             yield indices[start : start + size]
 
 
+class VideoChat:
+    """A conversation about a film, in which each question continues the earlier turns (paper, Table 5).
+
+    The film ends where the session was when [`VideoSession.chat`] began the conversation.
+
+    Attributes:
+        messages: the conversation so far, in the form of chat templates.
+    """
+
+    def __init__(self, state: Cache, answerer: Answerer):
+        self.messages: list[dict] = []
+        self._state, self._answerer, self._processor = state, answerer, answerer.processor
+        self._said = ""  # the text after the video that the state contains
+        self._lock = threading.Lock()
+
+    def ask(self, question: str, candidates: list[str] | None = None, **generate_kwargs):
+        """Answers the next question; arguments and result are those of [`VideoSession.ask`].
+
+        The conversation continues with the first of several answers or candidates, which is the best.
+        """
+        [text] = checked_questions([question], self._processor)
+        candidates = checked_candidates(candidates)
+        with self._lock:
+            messages = [*self.messages, user_message(text, with_video=not self.messages)]
+            prompt = text_after_video(self._processor, messages).removeprefix(self._said)
+            [result] = self._answerer.answer(self._state, [prompt], candidates, **generate_kwargs)
+            answer = (result[0] if isinstance(result, list) else result)["answer"]
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+            # The state gets the template's text of the answer: the generated tokens may be cut short, or be others.
+            said = text_after_video(self._processor, messages, add_generation_prompt=False)
+            state = copy_cache(self._state)
+            self._hear(state, self._answerer.tokenize(said.removeprefix(self._said)))
+            self.messages, self._said, self._state = messages, said, state
+        return result
+
+    @torch.no_grad()
+    def _hear(self, state: Cache, tokens: list[int]):
+        model = self._answerer.model
+        input_ids = torch.tensor([tokens], device=model.device)
+        model(input_ids=input_ids, cache_params=state, use_cache=True, logits_to_keep=1)
+
+
+# Prompts
+
+
+def user_message(text: str, with_video: bool) -> dict:
+    """A user's turn, in the form of chat templates."""
+    content = [{"type": "video"}] if with_video else []
+    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+
+
+def beginning_tokens(processor) -> list[int]:
+    """The tokens of every prompt up to its video.
+
+    The placeholder is a special token, so that cutting a text there changes the tokens of neither part.
+    """
+    text = processor.apply_chat_template([user_message("?", with_video=True)], add_generation_prompt=True)
+    before, placeholder, _ = text.partition(processor.video_token)
+    input_ids = processor.tokenizer(before + placeholder)["input_ids"]
+    return input_ids[: input_ids.index(processor.video_token_id)]
+
+
+def text_after_video(processor, messages: list[dict], add_generation_prompt: bool = True) -> str:
+    """The text of a conversation after its video."""
+    text = processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+    return text.partition(processor.video_token)[2]
+
+
 def checked_questions(question, processor) -> list[str]:
-    """One question or several as a list.
+    """Returns one question, or several, as a list.
 
     Raises:
-        ValueError: if there is none, one is no text or empty, or has a placeholder in it.
+        ValueError: if there is no question, or one is no text, is empty, or contains a placeholder.
     """
     questions = [question] if isinstance(question, str) else question
     if not isinstance(questions, (list, tuple)) or not questions or not all(map(_is_text, questions)):
@@ -148,10 +230,10 @@ def checked_questions(question, processor) -> list[str]:
 
 
 def checked_candidates(candidates) -> list[str] | None:
-    """The candidates as a list, or None if there are none to choose from.
+    """Returns the candidates as a list, or None without candidates.
 
     Raises:
-        ValueError: if it is no list, or one is no text or empty.
+        ValueError: if they are no list or an empty one, or a candidate is no text or empty.
     """
     if candidates is None:
         return None
@@ -164,4 +246,4 @@ def _is_text(value) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-__all__ = ["Answerer", "checked_candidates", "checked_questions"]
+__all__ = ["Answerer", "VideoChat", "beginning_tokens", "checked_candidates", "checked_questions"]

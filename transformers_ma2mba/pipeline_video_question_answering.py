@@ -4,13 +4,12 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset
 from transformers import GenerationConfig, Pipeline
 
 from .answering import checked_candidates, checked_questions
+from .frames import is_array, is_list_of_films, is_video_file
 from .video_session import VideoSession, watch_together
-from .video_stream import is_list_of_films
 
 _VIDEO_OPTIONS = ("fps", "progress")
 
@@ -176,8 +175,7 @@ def _as_rows(inputs) -> list | Dataset | Iterator | None:
         return list(inputs) if inputs and isinstance(inputs[0], Mapping) else None
     if isinstance(inputs, Dataset):
         return inputs
-    is_video = isinstance(inputs, (str, bytes, os.PathLike, torch.Tensor))
-    is_video = is_video or hasattr(inputs, "__array__") or hasattr(inputs, "read")
+    is_video = is_video_file(inputs) or is_array(inputs)
     return (row for row in inputs) if isinstance(inputs, Iterable) and not is_video else None
 
 

@@ -8,7 +8,8 @@ from transformers.image_utils import load_image
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 
 from .configuration_ma2mba import Ma2mbaConfig
-from .video_processing_ma2mba import Ma2mbaVideoProcessor, Ma2mbaVideosKwargs, as_list_of_videos
+from .frames import as_list_of_videos
+from .video_processing_ma2mba import Ma2mbaVideoProcessor, Ma2mbaVideosKwargs
 
 # Paper, Table 5. `<|system|>` and friends are ordinary text; what the assistant says, its end-of-text included, is
 # what the model learns.
@@ -104,6 +105,25 @@ class Ma2mbaProcessor(ProcessorMixin):
             image_std=config.image_std,
         )
         return cls(tokenizer, video_processor, tokens_per_frame=config.tokens_per_frame)
+
+    def check_model_config(self, config: Ma2mbaConfig):
+        """Checks that the frames and placeholders of this processor suit a model.
+
+        Raises:
+            ValueError: if the model has another frame size or another number of tokens per frame.
+        """
+        size, side = dict(self.video_processor.size), config.vision_config.image_size
+        is_final = self.video_processor.do_resize and not self.video_processor.do_center_crop
+        if is_final and (height := size.get("height")) and (height, size["width"]) != (side, side):
+            raise ValueError(
+                f"The processor makes frames of {height} x {size['width']} px, but this checkpoint's vision encoder "
+                f"takes {side} x {side} px: load both from one checkpoint."
+            )
+        if self.tokens_per_frame != config.tokens_per_frame:
+            raise ValueError(
+                f"The processor counts {self.tokens_per_frame} tokens a frame, but the model makes "
+                f"{config.tokens_per_frame}: load both from one checkpoint."
+            )
 
     def __call__(self, images=None, text=None, videos=None, **kwargs) -> BatchFeature:
         r"""

@@ -5,24 +5,14 @@ the state of its scan, `(batch_size, num_heads, head_dim, state_size)`. Its size
 prefix. Transformers keeps both in a `Cache`. The cache layers here do not overwrite tensors that autograd still needs.
 """
 
-import hashlib
-import json
-import os
-import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Cache
 from transformers.cache_utils import LinearAttentionLayer
-
-_FILE_FORMAT = "transformers_ma2mba state"
-_FILE_VERSION = "1"
-_MAX_HEADER_BYTES = 2**24  # a thousand layers need less than half of a megabyte
 
 
 class LayerState(NamedTuple):
@@ -167,118 +157,3 @@ def join_caches(caches: Sequence[Cache]) -> Cache:
         if states[0].conv is not None:
             write_state(target, LayerState(*map(torch.cat, zip(*states, strict=True))))
     return joined
-
-
-def cache_to_tensors(cache: Cache) -> dict[str, torch.Tensor]:
-    """The states of a cache by name, `layers.0.conv` and so on: the tensors themselves."""
-    return {
-        f"layers.{index}.{name}": tensor
-        for index, layer in enumerate(cache.layers)
-        for name, tensor in read_state(layer)._asdict().items()
-    }
-
-
-def cache_from_tensors(tensors: dict[str, torch.Tensor], devices: Sequence[torch.device]) -> Cache:
-    """The cache whose `cache_to_tensors` these are, each layer's state on the device that `devices` names for it."""
-    cache = empty_cache(len(devices))
-    for index, (layer, device) in enumerate(zip(cache.layers, devices, strict=True)):
-        write_state(layer, LayerState(*(tensors[f"layers.{index}.{name}"].to(device) for name in LayerState._fields)))
-    return cache
-
-
-# Files
-
-
-class StateFileError(ValueError):
-    """A file that cannot be taken for the state of a prefix: which one, why, and what to do about it."""
-
-
-def save_state_file(path: str | os.PathLike, tensors: dict[str, torch.Tensor], metadata: dict[str, str]):
-    """Writes tensors and metadata into one safetensors file, at once or not at all.
-
-    The file carries its version and a SHA-256 of all else in it. Its size depends only on the tensors' shapes and
-    dtypes and on the lengths of the metadata.
-
-    Raises:
-        FileNotFoundError: if there is no such directory.
-    """
-    path = os.fspath(path)
-    directory = os.path.dirname(path)
-    if directory and not os.path.isdir(directory):
-        raise FileNotFoundError(f"There is no directory {directory} to save {path} in: make it first.")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {**metadata, "format": _FILE_FORMAT, "version": _FILE_VERSION}
-    metadata["sha256"] = _digest(tensors, metadata)
-    temporary = f"{path}.{os.getpid()}-{threading.get_ident()}.part"
-    try:
-        save_file(tensors, temporary, metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def load_state_file(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors, on the CPU, and metadata as `save_state_file` was given them.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        StateFileError: if it is no such file, is cut short or damaged, or has another version.
-    """
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no file {path}: check its path.")
-    metadata, length = _read_header(path)
-    size = os.path.getsize(path)
-    if size < length:
-        raise StateFileError(f"{path} is cut short: it has {size} of {length} bytes; copy or save it again.")
-    if metadata["version"] != _FILE_VERSION:
-        raise StateFileError(
-            f"{path} has version {metadata['version']!r}, but this release reads version {_FILE_VERSION!r}: watch the "
-            "film again, or use the release that saved it."
-        )
-    damaged = f"{path} is damaged: its contents do not match its checksum; copy it again."
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StateFileError(damaged) from error
-    if _digest(tensors, metadata) != metadata.get("sha256"):
-        raise StateFileError(damaged)
-    return tensors, metadata
-
-
-def _read_header(path: str) -> tuple[dict[str, str], int]:
-    """The metadata of a safetensors file, and the length in bytes that the file should have."""
-    foreign = f"{path} is not the saved state of a film, or its beginning is damaged: give a file that `save` wrote."
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        header_length = int.from_bytes(file.read(8), "little")
-        if size < 8 or header_length > _MAX_HEADER_BYTES:
-            raise StateFileError(foreign)
-        header = file.read(header_length)
-    if len(header) < header_length and header.startswith(b"{"):
-        raise StateFileError(
-            f"{path} is cut short: it has {size} bytes, fewer than its header alone; copy or save it again."
-        )
-    try:
-        entries = json.loads(header)
-        metadata = entries.pop("__metadata__")
-        length = 8 + header_length + max(entry["data_offsets"][1] for entry in entries.values())
-        if metadata["format"] == _FILE_FORMAT and "version" in metadata:
-            return metadata, length
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        pass
-    raise StateFileError(foreign)
-
-
-def _digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(metadata.items()):
-        if name != "sha256":
-            digest.update(f"{name}={value}\n".encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -1,91 +1,74 @@
-"""Frames one at a time out of whatever shows a film: a file, a URL, a device, an array, or any iterable of frames."""
+"""Frames one at a time from any source that shows a film: a file, a URL, a device, an array, or an iterable."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property
-from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .video_processing_ma2mba import frames_to_tensor
+from .frames import Picture, frames_to_tensor, is_array, is_timed_frame, is_video_file
 from .video_reader import VideoReadError, iter_frames, probe
-
-Fit = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Picture:
-    """A frame as it came, which is resized if it is looked at and then once."""
-
-    def __init__(self, frame: torch.Tensor, fit: Fit | None = None):
-        self._frame, self._fit = frame, fit
-
-    @cached_property
-    def pixels(self) -> torch.Tensor:
-        """`(3, height, width)` uint8, as the vision encoder takes it."""
-        return self._frame if self._fit is None else self._fit(self._frame)
 
 
 class VideoStream:
-    """Goes through a film once, and holds no more of it than the frame at hand.
+    """Goes through a film once, and holds only the current frame of it.
 
     Args:
-        source: a path, URL, file object or bytes, which is read at `frame_rate`; an array or tensor of frames
-            `(num_frames, height, width, 3)` or `(num_frames, 3, height, width)`; or any iterable of frames, arrays and
-            tensors `(height, width, 3)` or `(3, height, width)` or PIL images, or of pairs of seconds and a frame.
+        source: a path, URL, file object or bytes, sampled at `frame_rate`; an array or tensor of frames
+            `(num_frames, height, width, 3)` or `(num_frames, 3, height, width)`; or any iterable of frames or of pairs
+            of seconds and a frame. A frame is an array or tensor `(height, width, 3)` or `(3, height, width)`, or a
+            PIL image.
         frame_rate: frames per second of film at which a file is read.
         fit: resizes `(3, height, width)` uint8 frames.
         open_options: `format`, `options` and `timeout` of `iter_frames`, for sources that FFmpeg opens.
 
     Attributes:
-        name: what messages call the film.
-        num_frames: how many frames have come, those that no sample fell on included.
+        name: the film's name in messages.
+        num_frames: the number of frames that have arrived, sampled or not.
 
     Raises:
         ValueError: if the source is none of these, or an array has a wrong shape, dtype or value.
     """
 
-    def __init__(self, source: Any, frame_rate: float, fit: Fit, **open_options):
+    def __init__(self, source: Any, frame_rate: float, fit: Callable[[torch.Tensor], torch.Tensor], **open_options):
         self.frame_rate, self.num_frames = frame_rate, 0
         self._source, self._fit, self._open_options = source, fit, open_options
-        self._is_file = isinstance(source, (str, os.PathLike, bytes)) or hasattr(source, "read")
-        self._is_path = isinstance(source, (str, os.PathLike))
-        path = source if self._is_path else getattr(source, "name", None)
-        is_named = self._is_path or isinstance(path, str)
-        self.name = os.path.basename(os.fspath(path)) if is_named else f"the {type(source).__name__}"
-        if open_options and not self._is_file:
+        path = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", None)
+        self.name = f"the {type(source).__name__}"
+        if isinstance(path, (str, os.PathLike)):
+            self.name = os.path.basename(os.fspath(path))
+        if is_video_file(source):
+            return
+        if open_options:
             raise ValueError(
                 f"{', '.join(open_options)}: options for FFmpeg, but {self.name} needs none to be opened."
             )
         if isinstance(source, Image.Image):
             self._source = [source]
-        elif not self._is_file:
-            is_array = isinstance(source, torch.Tensor) or hasattr(source, "__array__")
-            if is_array and not isinstance(source, (np.ndarray, torch.Tensor)):
-                self._source = source = np.asarray(source)
-            if is_array or not isinstance(source, Iterable) or isinstance(source, Mapping):
-                self._source = frames_to_tensor(source)
-                self.name = "the array"
+        elif is_array(source) or not isinstance(source, Iterable) or isinstance(source, Mapping):
+            self._source = frames_to_tensor(source)
+            self.name = "the array"
 
     @property
     def seconds(self) -> float | None:
-        """How long the film is by the account of its file, or None."""
+        """The length of the film as its file states it, or None."""
         if isinstance(self._source, torch.Tensor):
             return len(self._source) / self.frame_rate
-        if self._is_path and os.path.isfile(self._source) and not self._open_options:
+        is_path = isinstance(self._source, (str, os.PathLike))
+        if is_path and os.path.isfile(self._source) and not self._open_options:
             return probe(self._source).duration
         return None
 
     def __iter__(self) -> Iterator[tuple[float | None, Picture]]:
-        """Yields (seconds, picture); seconds are None if each picture is one sample at the frame rate.
+        """Yields (seconds, picture); seconds is None if each picture is one sample at the frame rate.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            VideoReadError: if the source fails, or a frame or its time cannot be used; the message says which.
+            FileNotFoundError: if the file does not exist.
+            VideoReadError: if the source fails, or a frame or its time cannot be used; the message names the frame.
         """
-        if self._is_file:
+        if is_video_file(self._source):
             frames = self._read_file()
         elif isinstance(self._source, torch.Tensor):
             frames = ((None, Picture(frame, self._fit)) for frame in self._source)
@@ -123,7 +106,7 @@ class VideoStream:
             yield (None if seconds is None else float(seconds)), Picture(frame, self._fit)
 
     def _items(self):
-        """The source's items. What it raises is put into words, as that of a file would be."""
+        """Yields the source's items, and raises its errors as a file's."""
         try:
             yield from self._source
         except Exception as error:
@@ -131,7 +114,7 @@ class VideoStream:
             raise VideoReadError(f"{self.name} broke off after {self.num_frames} frames ({reason}).") from error
 
     def _checked(self, frame, index: int) -> torch.Tensor:
-        """A frame of its own: cameras write the next one into the same memory."""
+        """A copy of a frame as uint8 `(3, height, width)`: cameras write the next frame into the same memory."""
         if isinstance(frame, Image.Image):
             frame = frame.convert("RGB")
         if not isinstance(frame, torch.Tensor):
@@ -148,18 +131,4 @@ class VideoStream:
             raise VideoReadError(f"{error}".replace("Frame 0 ", f"Frame {index} ")) from error
 
 
-def is_timed_frame(item) -> bool:
-    """Whether this is a pair of seconds and a frame."""
-    return isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], Real)
-
-
-def is_list_of_films(video) -> bool:
-    """Whether this is a list of films rather than a list of the frames of one."""
-    if not isinstance(video, (list, tuple)) or not video:
-        return False
-    first = video[0]
-    is_array = isinstance(first, (np.ndarray, torch.Tensor))
-    return not (isinstance(first, Image.Image) or is_timed_frame(first) or (is_array and first.ndim <= 3))
-
-
-__all__ = ["Picture", "VideoStream", "is_list_of_films"]
+__all__ = ["VideoStream"]
