@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import random_frames
+from tiny import random_frames, tiny_processor
 from video_files import write_index_video
 
-from transformers_ma2mba import DataCollatorForVideoQA
-from transformers_ma2mba.data_collator import conversation_to_messages
+from transformers_ma2mba import DataCollatorForVideoQA, conversation_to_messages
 
 
 def turns(*texts):
@@ -93,6 +92,25 @@ def test_keeping_frames_changes_nothing_but_the_reading(processor, folder, rows,
     assert torch.equal(keeping(rows[:1])["input_ids"], plain_ids(expected, 0))
     with pytest.raises(AssertionError, match="read again"):
         plain(rows[:1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(size={"shortest_edge": 40}, do_center_crop=True, crop_size={"height": 32, "width": 32}),
+        dict(do_rescale=True, do_normalize=True),
+    ],
+    ids=["crop", "normalize"],
+)
+def test_kept_frames_pass_the_video_processor_once(config, folder, rows, options):
+    """A second crop would enlarge the middle of the frame; normalised frames are no longer uint8."""
+    processor = tiny_processor(config)
+    for name, value in options.items():
+        setattr(processor.video_processor, name, value)
+    plain, keeping = (DataCollatorForVideoQA(processor, folder, keep_frames=keep) for keep in (False, True))
+    expected = plain(rows)
+    for _ in range(2):
+        assert torch.equal(keeping(rows)["pixel_values_videos"], expected["pixel_values_videos"])
 
 
 def plain_ids(batch, row):

@@ -25,7 +25,7 @@ from transformers_ma2mba import (
     iter_frames,
     read_video,
 )
-from transformers_ma2mba.state_file import cache_to_tensors
+from transformers_ma2mba.state_file import cache_to_tensors, load_state_file
 from transformers_ma2mba.video_session import watch_together
 
 QUESTIONS = ["Who opens the door?", "Which colour is it?", "Why?", "What?", "Where is it?"]
@@ -494,6 +494,21 @@ def test_ctrl_c_in_the_middle_of_the_model(session, ask_about, monkeypatch, mome
     assert watched.ask("Why?", **SHORT) == approximately(ask_about(FRAMES[:seen]))
 
 
+def test_ctrl_c_while_a_frame_is_resized_leaves_the_clock(session, ask_about, monkeypatch):
+    """Frames without times end the times before them, but only once the first of them has been sampled."""
+    watched = session().extend([(0.0, FRAMES[0]), (1.5, FRAMES[1])])
+
+    def interrupt(frame):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watched, "_fit", interrupt)
+        with pytest.warns(UserWarning, match="Interrupted"):
+            watched.extend(FRAMES[5:])
+    watched.extend([(3.0, FRAMES[2])])
+    assert watched.ask("Why?", **SHORT) == approximately(ask_about(FRAMES[[0, 0, 1, 2]]))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -550,6 +565,24 @@ def test_a_resumed_session_goes_on_bit_for_bit(session, model, processor, tmp_pa
             watched.extend(more)
             resumed.extend(more)
             more = FRAMES[:1]
+
+
+def test_metadata_of_earlier_files(session, tmp_path):
+    """Files of earlier releases have these entries, and must load."""
+    path = tmp_path / "film.safetensors"
+    session(fps=2).extend(FRAMES[:2]).extend([(-3.0, FRAMES[0]), (-1.9, FRAMES[1])]).save(path)
+    metadata = load_state_file(path)[1]
+    model = {"checkpoint", "dtype", "fingerprint", "format", "version", "sha256"}
+    assert {name: value for name, value in metadata.items() if name not in model} == {
+        "frames": "00000000000000000005",  # two, and those at -3, -2.5 and -2 seconds
+        "tokens": "00000000000000000033",
+        "seconds": "+2.50000000000000000e+00",
+        "frame_rate": "+2.00000000000000000e+00",
+        "clock": "1",
+        "clock_origin": "-3.00000000000000000e+00",
+        "clock_first_sample": "00000000000000000002",
+        "clock_latest": "-1.89999999999999991e+00",
+    }
 
 
 def test_files_of_short_and_long_films_are_equally_large(session, tmp_path):

@@ -1,30 +1,31 @@
-"""Rows of a LLaVA-Video style data set to padded, masked training batches."""
+"""The data collator: rows of a LLaVA-Video style data set to padded, masked training batches."""
 
 import os
 from dataclasses import dataclass, field
 
 import torch
 
+from .frames import FittedFrames
 from .processing_ma2mba import Ma2mbaProcessor
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 def conversation_to_messages(row: dict, folder: str | os.PathLike = "") -> list[dict]:
-    """A row of a LLaVA-Video style list to chat messages.
+    """Converts a row of a LLaVA-Video style list to chat messages.
 
     Args:
         row: `video` or `image` (a path, or a list of paths), and `conversations`: turns with `from` ("human" or
-            "gpt") and `value`. A row without either is text alone.
-        folder: where relative paths start.
+            "gpt") and `value`. A row without either has only text.
+        folder: the folder of relative paths.
 
     Returns:
-        Messages for `processor.apply_chat_template`. Visuals come once, before the first question (paper, Table 5),
-        whether or not the first turn says `<image>` or `<video>`.
+        Messages for `processor.apply_chat_template`. Videos and images come once, before the first question (paper,
+        Table 5), with or without `<image>` or `<video>` in the first turn.
 
     Raises:
-        ValueError: if the row has no turns, a turn of an unknown speaker or without text, or a video or an image and
-            no turn of a human.
+        ValueError: if the row has no turns, a turn has an unknown speaker or no text, or a row with a video or an
+            image has no turn of a human.
     """
     turns = row.get("conversations")
     if not turns:
@@ -55,20 +56,20 @@ def conversation_to_messages(row: dict, folder: str | os.PathLike = "") -> list[
 class DataCollatorForVideoQA:
     """Loads videos and images, batches them with their conversations and masks all but the assistant's tokens.
 
+    A call takes rows (see [`conversation_to_messages`]) and returns the model's inputs and `labels`
+    `(batch_size, sequence_length)`, which are -100 wherever the assistant does not speak; padding is on the left.
+
     Args:
         processor ([`Ma2mbaProcessor`]): its `fps` and frame size apply.
-        folder: where relative `video` and `image` paths start.
-        keep_frames (`bool`): keep each file's decoded frames in memory after its first use. For small data sets that
-            are read many times.
-
-    A call takes rows (see `conversation_to_messages`) and returns the model's inputs and `labels`
-    `(batch_size, sequence_length)`, -100 wherever the assistant is not speaking; padding is on the left.
+        folder: the folder of relative `video` and `image` paths.
+        keep_frames (`bool`): keep the frames of each file in memory after its first use, for small data sets that are
+            read many times.
     """
 
     processor: Ma2mbaProcessor
     folder: str | os.PathLike = ""
     keep_frames: bool = False
-    _kept: dict = field(default_factory=dict, repr=False)
+    _kept: dict[str, FittedFrames] = field(default_factory=dict, repr=False)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         conversations = [conversation_to_messages(row, self.folder) for row in rows]
@@ -93,7 +94,9 @@ class DataCollatorForVideoQA:
             return block
         path = block["path"]
         if path not in self._kept:
-            self._kept[path] = self.processor.video_processor(path, progress=False)["pixel_values_videos"]
+            # Normalised, they would take four times the memory.
+            encoded = self.processor.video_processor(path, do_rescale=False, do_normalize=False, progress=False)
+            self._kept[path] = FittedFrames(encoded["pixel_values_videos"])
         return {"type": "video", "video": self._kept[path]}
 
 
