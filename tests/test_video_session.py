@@ -296,7 +296,7 @@ def test_memory_does_not_grow(session, monkeypatch):
     watched.extend(stream())
     assert sizes == [4] * 15
     assert most <= 6
-    assert watched._film.num_waiting == 0
+    assert watched._film._memory.window == ()
 
 
 # While frames arrive

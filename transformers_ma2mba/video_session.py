@@ -4,28 +4,23 @@ Decoding, resizing, vision tower, projector and language model work on a few fra
 copies of the state, so that each costs only its own tokens.
 """
 
-import contextlib
 import math
 import os
 import threading
-import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from numbers import Real
 from typing import Any
 
 import torch
 from transformers import Cache
-from transformers.utils.logging import tqdm
 
 from .answering import Answerer, VideoChat, beginning_tokens
 from .recurrent_state import cache_layers_of, copy_cache, empty_cache
 from .state_file import load_film, save_film
 from .video_reader import VideoReadError
 from .video_stream import VideoStream
-from .watched_film import WatchedFilm, feed
+from .watched_film import WatchedFilm, feed, watch_in_lockstep
 
 
 class VideoStreamError(VideoReadError):
@@ -108,7 +103,7 @@ class VideoSession:
     @property
     def seconds(self) -> float:
         """The length of the film seen so far."""
-        return self.num_frames / self.frame_rate
+        return self._film.seconds
 
     def __repr__(self):
         return f"{type(self).__name__}({self.seconds:g} seconds, {self.num_frames} frames, {self.num_tokens} tokens)"
@@ -171,7 +166,7 @@ class VideoSession:
 
     def _watch(self, stream: VideoStream, progress: bool | None, in_thread: bool = False):
         try:
-            _watch_in_lockstep([self], [stream], [self._take_all(stream)], progress)
+            watch_in_lockstep([self._film], [stream], [self._take_all(stream)], self.frames_per_piece, progress)
         except Exception as error:
             if not in_thread:
                 raise
@@ -316,7 +311,8 @@ def watch_together(sessions: Sequence[VideoSession], videos: Iterable[Any], prog
     streams = [VideoStream(video, s.frame_rate, s._fit) for s, video in zip(sessions, videos, strict=True)]
     samples = [_until_failure(s._take_all(stream)) for s, stream in zip(sessions, streams, strict=True)]
     try:
-        _watch_in_lockstep(sessions, streams, samples, progress)
+        piece = min(session.frames_per_piece for session in sessions)
+        watch_in_lockstep([session._film for session in sessions], streams, samples, piece, progress)
     except KeyboardInterrupt:
         if not any(session.num_frames for session in sessions):
             raise
@@ -329,69 +325,6 @@ def _until_failure(samples: Iterator[None]) -> Iterator[None]:
     except VideoStreamError as error:
         warnings.warn(f"{error} Frames seen before the failure can be asked about.", UserWarning, stacklevel=2)
         yield from error.session._film.take_due()
-
-
-def _watch_in_lockstep(
-    sessions: Sequence[VideoSession],
-    streams: Sequence[VideoStream],
-    samples: Sequence[Iterator[None]],
-    progress: bool | None,
-):
-    """Takes equally many samples of each film at a time, and feeds them to the model as one batch."""
-    watching = list(zip(sessions, samples, strict=True))
-    _feed_waiting(sessions)  # frames that an interruption left
-    with _bar(sessions, streams, progress) as show:
-        while watching:
-            piece = max(1, min(session.frames_per_piece for session in sessions) // len(watching))
-            still_watching = []
-            for session, taken in watching:
-                count = 0
-                for _ in islice(taken, piece):
-                    count += 1
-                    show()
-                if count == piece:
-                    still_watching.append((session, taken))
-            _feed_waiting(sessions)
-            watching = still_watching
-
-
-def _feed_waiting(sessions: Sequence[VideoSession]):
-    """Feeds the model all frames that wait, those of films with equally many as one batch."""
-    groups = defaultdict(list)
-    for session in sessions:
-        groups[session._film.num_waiting].append(session._film)
-    for films in groups.values():
-        feed(films)
-
-
-@contextlib.contextmanager
-def _bar(sessions: Sequence[VideoSession], streams: Sequence[VideoStream], progress: bool | None):
-    """A progress bar in seconds of film; yields a function that updates it."""
-    lengths = [None if progress is False else stream.seconds for stream in streams]
-    total = None if None in lengths else round(sum(lengths))
-    started, beginning = time.monotonic(), sum(session.seconds for session in sessions)
-    first_token = sum(session.num_tokens for session in sessions)
-    bar = tqdm(
-        desc=streams[0].name if len(streams) == 1 else f"{len(streams)} films",
-        total=total or None,
-        unit="s",
-        delay=0 if progress else 2,
-        disable=progress is False,
-    )
-    shown = 0
-
-    def show():
-        nonlocal shown
-        seconds = int(sum(session.seconds for session in sessions) - beginning)
-        if seconds > shown:
-            tokens = sum(session.num_tokens for session in sessions) - first_token
-            speed = tokens / max(time.monotonic() - started, 1e-6)
-            bar.set_postfix_str(f"{tokens:,} tokens, {speed:,.0f} tokens/s", refresh=False)
-            bar.update(seconds - shown)
-            shown = seconds
-
-    with bar:
-        yield show
 
 
 def _warn_of_interruption(sessions: Sequence[VideoSession]):

@@ -1,16 +1,24 @@
-"""A film as far as a model has seen it: the recurrent state, and the frames that wait for the model."""
+"""A film as far as a model has seen it: the recurrent state, and the frames that wait for the model.
+
+Several films are watched in lockstep, as one batch; one film is a batch of one.
+"""
 
 import contextlib
 import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from transformers import Cache
+from transformers.utils.logging import tqdm
 
 from .clock import Clock
 from .frames import Picture
 from .recurrent_state import copy_cache, join_caches
+from .video_stream import VideoStream
 
 
 class _Memory(NamedTuple):
@@ -61,15 +69,15 @@ class WatchedFilm:
         return self._memory.clock
 
     @property
-    def num_waiting(self) -> int:
-        """The number of frames that wait for the model."""
-        return len(self._memory.window)
-
-    @property
     def num_frames(self) -> int:
         """The number of frames sampled so far."""
         memory = self._memory
         return memory.num_frames + len(memory.window)
+
+    @property
+    def seconds(self) -> float:
+        """The length of the film seen so far."""
+        return self.num_frames / self.frame_rate
 
     def take(self, seconds: float | None, picture: Picture) -> Iterator[None]:
         """Adds the samples that the arrival of a picture settles, and yields after each.
@@ -98,9 +106,49 @@ class WatchedFilm:
             yield
 
 
-@torch.no_grad()
+def watch_in_lockstep(
+    films: Sequence[WatchedFilm],
+    streams: Sequence[VideoStream],
+    samples: Sequence[Iterator[None]],
+    frames_per_piece: int,
+    progress: bool | None,
+):
+    """Takes equally many samples of each film at a time, and feeds them to the model as one batch.
+
+    Args:
+        films: the films, of one model.
+        streams: the sources of the films, for the progress bar.
+        samples: for each film an iterator that adds one sample at a time, such as [`WatchedFilm.take`].
+        frames_per_piece: the most frames that go through the model at a time.
+        progress: whether to show a bar; None shows one if watching takes a while.
+    """
+    watching = list(zip(films, samples, strict=True))
+    feed(films)  # the frames that an interruption left
+    with _bar(films, streams, progress) as show:
+        while watching:
+            piece, still_watching = max(1, frames_per_piece // len(watching)), []
+            for film, taken in watching:
+                count = 0
+                for _ in islice(taken, piece):
+                    count += 1
+                    show()
+                if count == piece:
+                    still_watching.append((film, taken))
+            feed(films)
+            watching = still_watching
+
+
 def feed(films: Sequence[WatchedFilm]):
-    """Puts the frames that wait, equally many of each film, through the model as one batch."""
+    """Puts all frames that wait through the model; films with equally many waiting frames form a batch."""
+    batches = defaultdict(list)
+    for film in films:
+        batches[len(film._memory.window)].append(film)
+    for batch in batches.values():
+        _feed_batch(batch)
+
+
+@torch.no_grad()
+def _feed_batch(films: Sequence[WatchedFilm]):
     with contextlib.ExitStack() as locks:
         for film in films:
             locks.enter_context(film.lock)
@@ -121,4 +169,34 @@ def feed(films: Sequence[WatchedFilm]):
             film._memory = _Memory(own_cache, film.num_frames, film.clock)
 
 
-__all__ = ["WatchedFilm", "feed"]
+@contextlib.contextmanager
+def _bar(films: Sequence[WatchedFilm], streams: Sequence[VideoStream], progress: bool | None):
+    """A progress bar in seconds of film; yields a function that updates it."""
+    lengths = [None if progress is False else stream.seconds for stream in streams]
+    total = None if None in lengths else round(sum(lengths))
+    bar = tqdm(
+        desc=streams[0].name if len(streams) == 1 else f"{len(streams)} films",
+        total=total or None,
+        unit="s",
+        delay=0 if progress else 2,
+        disable=progress is False,
+    )
+    started, tokens_per_frame = time.monotonic(), films[0].model.config.tokens_per_frame
+    first_second, first_frame = sum(film.seconds for film in films), sum(film.num_frames for film in films)
+    shown = 0
+
+    def show():
+        nonlocal shown
+        seconds = int(sum(film.seconds for film in films) - first_second)
+        if seconds > shown:
+            tokens = (sum(film.num_frames for film in films) - first_frame) * tokens_per_frame
+            speed = tokens / max(time.monotonic() - started, 1e-6)
+            bar.set_postfix_str(f"{tokens:,} tokens, {speed:,.0f} tokens/s", refresh=False)
+            bar.update(seconds - shown)
+            shown = seconds
+
+    with bar:
+        yield show
+
+
+__all__ = ["WatchedFilm", "feed", "watch_in_lockstep"]
