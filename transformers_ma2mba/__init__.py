@@ -1,6 +1,6 @@
 """Video-Ma²mba for Transformers. Importing the package registers it with the Auto classes and `pipeline`."""
 
-from . import auto  # noqa: F401  registers
+from . import auto  # noqa: F401  registers the classes
 from .answering import VideoChat
 from .checkpoint_plan import CheckpointPlan, plan_checkpoints
 from .configuration_ma2mba import Ma2mbaConfig

@@ -1,4 +1,4 @@
-"""Registration with the Auto classes and `pipeline`. Nothing else in the package imports this module."""
+"""Registration with the Auto classes and `pipeline`. Only the package itself imports this module."""
 
 from pathlib import Path
 

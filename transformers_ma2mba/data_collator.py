@@ -56,9 +56,6 @@ def conversation_to_messages(row: dict, folder: str | os.PathLike = "") -> list[
 class DataCollatorForVideoQA:
     """Loads videos and images, batches them with their conversations and masks all but the assistant's tokens.
 
-    A call takes rows (see [`conversation_to_messages`]) and returns the model's inputs and `labels`
-    `(batch_size, sequence_length)`, which are -100 wherever the assistant does not speak; padding is on the left.
-
     Args:
         processor ([`Ma2mbaProcessor`]): its `fps` and frame size apply.
         folder: the folder of relative `video` and `image` paths.
@@ -72,6 +69,11 @@ class DataCollatorForVideoQA:
     _kept: dict[str, FittedFrames] = field(default_factory=dict, repr=False)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """Converts rows, see [`conversation_to_messages`], to a batch padded on the left.
+
+        Returns:
+            The model's inputs and `labels` `(batch_size, sequence_length)`, -100 wherever the assistant is silent.
+        """
         conversations = [conversation_to_messages(row, self.folder) for row in rows]
         if self.keep_frames:
             for messages in conversations:
@@ -94,7 +96,7 @@ class DataCollatorForVideoQA:
             return block
         path = block["path"]
         if path not in self._kept:
-            # Normalised, they would take four times the memory.
+            # As uint8 they take a quarter of the memory that normalised frames take.
             encoded = self.processor.video_processor(path, do_rescale=False, do_normalize=False, progress=False)
             self._kept[path] = FittedFrames(encoded["pixel_values_videos"])
         return {"type": "video", "video": self._kept[path]}

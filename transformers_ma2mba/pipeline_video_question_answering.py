@@ -1,4 +1,4 @@
-"""`pipeline("video-question-answering")`: a video is watched once, each question continues from there."""
+"""`pipeline("video-question-answering")`: watches a video once, and each question continues from its state."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +15,7 @@ _VIDEO_OPTIONS = ("fps", "progress")
 
 
 class VideoQuestionAnsweringPipeline(Pipeline):
-    """Answers questions about a video.
+    """A pipeline that answers questions about a video.
 
     ```python
     qa = pipeline("video-question-answering", model="path/video-ma2mba")
@@ -26,7 +26,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     watched.ask("Who opens the door?")
     ```
 
-    Without a model, the task loads a tiny one that ships with the package and knows nothing but its own toy films.
+    Without a model, the task loads a tiny one that ships with the package and only knows its own toy films.
     """
 
     _load_processor = True
@@ -38,22 +38,23 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     _default_generation_config = GenerationConfig(max_new_tokens=128)
 
     def __call__(self, video: Any = None, question: str | list[str] | None = None, **kwargs):
-        """
+        """Answers one question or several about a video, or each row of several inputs.
+
         Args:
             video: a path or URL; frames as an array or tensor `(num_frames, height, width, 3)` or
                 `(num_frames, 3, height, width)`; or a list of PIL images. In its place, a mapping with `"video"` and
                 `"question"`, or a list, generator or data set of such mappings.
             question (`str` or `list[str]`): one question, or several about the same video, which is watched once.
-            candidates (`list[str]`, *optional*): answers to choose from, ranked by their likelihood.
-            fps (`float`, *optional*): frames per second of film to look at; `model.config.frame_rate` unless given.
-            progress (`bool`, *optional*): show a bar while a file is read; unless given, if that takes a while.
-            kwargs: anything else goes to `generate`, `max_new_tokens` for example.
+            candidates (`list[str]`, *optional*): answers to rank by their likelihood.
+            fps (`float`, *optional*): frames per second of film to sample; `model.config.frame_rate` by default.
+            progress (`bool`, *optional*): whether to show a bar; by default one appears if watching takes a while.
+            kwargs: options for `generate`, such as `max_new_tokens`.
 
         Returns:
             `{"answer": str, "score": float}` for a question and a list of these for a list of questions. The score of
-            a generated answer is the geometric mean of its tokens' probabilities, its end included. With
-            `candidates`, each question gets a list with one such entry a candidate, best first; their scores are the
-            candidates' likelihoods, end included, divided by the sum of them all.
+            a generated answer is the geometric mean of its tokens' probabilities, its end of text included. With
+            `candidates`, each question gets a list with one such entry for each candidate, best first. Their scores
+            are the likelihoods of the candidates, end of text included, divided by the sum of all.
 
         Raises:
             ValueError: if the video or the question is missing or empty, or the video cannot be read.
@@ -79,22 +80,20 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         """Watches a film once, at constant memory, for any number of questions.
 
         Args:
-            video: whatever [`VideoSession.extend`] takes: a path, URL or device, frames, or any iterable of frames
+            video: a film as for [`VideoSession.extend`]: a path, URL or device, frames, or any iterable of frames
                 with or without times. A list of films is watched as one batch, in lockstep.
-            fps: frames per second of film to look at; `model.config.frame_rate` unless given.
-            progress: whether to show a bar; unless given, one appears if it takes a while, and none in background.
-            background: whether to return at once, and watch in a thread: for live streams.
+            fps: frames per second of film to sample; `model.config.frame_rate` by default.
+            progress, background, open_options: see [`VideoSession.extend`].
             frames_per_piece: see [`VideoSession`].
-            open_options: what FFmpeg needs to open the video, see [`VideoSession.extend`].
 
         Returns:
-            The session, or a list of sessions for a list of films. After Ctrl-C, with a warning that says up to where
-            the film was seen.
+            The session, or a list of sessions for a list of films. After Ctrl-C, a warning says up to which second
+            the films were seen.
 
         Raises:
-            FileNotFoundError, ValueError: as [`VideoSession.extend`].
-            VideoStreamError: if a film fails after frames of it have been watched; its `session` holds those. One of
-                several films that fails so ends early with a warning.
+            FileNotFoundError, ValueError: see [`VideoSession.extend`].
+            VideoStreamError: if a film fails after some of its frames have arrived; its `session` keeps those. If
+                several films are watched, the one that fails ends early with a warning.
         """
         if not is_list_of_films(video):
             session = self._new_session(fps, frames_per_piece)
@@ -107,11 +106,10 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         return sessions
 
     def resume(self, path: str | os.PathLike) -> VideoSession:
-        """The session that [`VideoSession.save`] wrote, which gives the same answers.
+        """Loads the session that [`VideoSession.save`] wrote, which gives the same answers.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            StateFileError: if it is no such file, is damaged, of another version, or another checkpoint's.
+            FileNotFoundError, StateFileError: see [`VideoSession.resume`].
         """
         return VideoSession.resume(
             path, self.model, self.processor, prepare_generate_kwargs=self._prepare_generate_kwargs
@@ -128,6 +126,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         return {}, forward, {}
 
     def preprocess(self, inputs):
+        """Checks a mapping with `video` and `question`; `_forward` watches the video and asks."""
         if not isinstance(inputs, Mapping):
             raise ValueError(f"Each input must be a mapping with `video` and `question`; got {type(inputs).__name__}.")
         video, question = inputs.get("video"), inputs.get("question")
@@ -149,28 +148,34 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         return {"results": session.ask(model_inputs["question"], candidates, **(generate_kwargs or {}))}
 
     def postprocess(self, model_outputs):
+        """Returns the answers."""
         return model_outputs["results"]
 
     def get_iterator(self, inputs, num_workers, batch_size, *params):
+        """Goes through several inputs one by one.
+
+        Raises:
+            ValueError: if `batch_size` is not 1.
+        """
         if batch_size != 1:
             raise ValueError("batch_size must be 1: videos differ in length. Ask several questions about one instead.")
         return super().get_iterator(inputs, num_workers, batch_size, *params)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
-        """Saves model and processor, such that `pipeline(task, model=save_directory)` finds all it needs."""
+        """Saves model and processor for `pipeline(task, model=save_directory)`."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
 
 
 class _AsItIs:
-    """Keeps a pipeline from moving all of a film to the model's device."""
+    """A wrapper that keeps the pipeline from moving a whole film to the model's device."""
 
     def __init__(self, value):
         self.value = value
 
 
 def _as_rows(inputs) -> list | Dataset | Iterator | None:
-    """Several mappings in a form that `Pipeline` goes through one by one, or None if `inputs` is one video."""
+    """Converts several mappings for `Pipeline`, which goes through them one by one; None if `inputs` is one video."""
     if isinstance(inputs, (list, tuple)):
         return list(inputs) if inputs and isinstance(inputs[0], Mapping) else None
     if isinstance(inputs, Dataset):

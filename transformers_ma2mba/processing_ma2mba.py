@@ -1,4 +1,4 @@
-"""Text, videos and images to the model's inputs, in the paper's conversation format."""
+"""The processor: text, videos and images to the model's inputs, in the paper's conversation format."""
 
 import os
 
@@ -11,8 +11,8 @@ from .configuration_ma2mba import Ma2mbaConfig
 from .frames import as_list_of_videos
 from .video_processing_ma2mba import Ma2mbaVideoProcessor, Ma2mbaVideosKwargs
 
-# Paper, Table 5. `<|system|>` and friends are ordinary text; what the assistant says, its end-of-text included, is
-# what the model learns.
+# Paper, Table 5. `<|system|>`, `<|user|>` and `<|assistant|>` are ordinary text. The model learns the assistant's text
+# with its end of text.
 CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
 {%- if content is string -%}{{ content }}{%- else -%}
@@ -38,17 +38,19 @@ CHAT_TEMPLATE = """\
 
 
 class Ma2mbaProcessorKwargs(ProcessingKwargs, total=False):
+    """Options of the processor, by the part that they belong to."""
+
     videos_kwargs: Ma2mbaVideosKwargs
 
 
 class Ma2mbaProcessor(ProcessorMixin):
-    r"""Tokenizer and video processor in one, and the paper's chat template.
+    r"""A tokenizer and a video processor in one, with the paper's chat template.
 
     Args:
         tokenizer: a fast tokenizer; `image_token` and `video_token` are among its special tokens.
-        video_processor ([`Ma2mbaVideoProcessor`]): it prepares images too, as videos of one frame.
-        tokens_per_frame (`int`): how many placeholders a frame takes, `config.tokens_per_frame`.
-        chat_template (`str`, *optional*): the paper's (Table 5) unless given.
+        video_processor ([`Ma2mbaVideoProcessor`]): prepares videos, and images as videos of one frame.
+        tokens_per_frame (`int`): the number of placeholders for a frame, `config.tokens_per_frame`.
+        chat_template (`str`, *optional*): the paper's (Table 5) by default.
         image_token, video_token (`str`): the placeholders that stand for a whole image or video in text.
     """
 
@@ -68,7 +70,7 @@ class Ma2mbaProcessor(ProcessorMixin):
                 raise ValueError(
                     f"The tokenizer has no token {token}: add it, or let `Ma2mbaProcessor.from_model_config` do so."
                 )
-        # Padding behind a text would become part of its state. Among the initial arguments it is saved.
+        # Padding after a text would become part of its state. The initial arguments are saved with the tokenizer.
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
         self.tokens_per_frame = tokens_per_frame
         self.image_token = image_token
@@ -81,9 +83,9 @@ class Ma2mbaProcessor(ProcessorMixin):
 
     @classmethod
     def from_model_config(cls, config: Ma2mbaConfig, tokenizer) -> "Ma2mbaProcessor":
-        """A processor for a new model: frame size, rate and normalisation as in `config`.
+        """Makes a processor for a new model, with the frame size, rate and normalisation of `config`.
 
-        The placeholders are added to `tokenizer` if it lacks them, and must get the ids that `config` has.
+        The placeholders are added to `tokenizer` if it lacks them, and must get their ids in `config`.
 
         Raises:
             ValueError: if they get other ids.
@@ -126,20 +128,22 @@ class Ma2mbaProcessor(ProcessorMixin):
             )
 
     def __call__(self, images=None, text=None, videos=None, **kwargs) -> BatchFeature:
-        r"""
+        r"""Converts text, videos and images to the model's inputs.
+
         Args:
-            text (`str` or `list[str]`): each `<video>` and `<image>` in it stands for one video or image, in order.
+            text (`str` or `list[str]`): text in which each `<video>` and `<image>` stands for one video or image, in
+                order.
             videos: one video, a list, or a list of lists; see [`Ma2mbaVideoProcessor`].
             images: one image, a list, or a list of lists; arrays, PIL images, paths or URLs.
             kwargs: options of tokenizer (`padding`, `return_tensors`, ...) and video processor (`fps`, ...).
 
         Returns:
-            `input_ids` and `attention_mask` `(batch_size, sequence_length)`, padded on the left if padding is asked
-            for; `pixel_values_videos` `(num_frames, 3, height, width)` if there are videos and `pixel_values`
+            `input_ids` and `attention_mask` `(batch_size, sequence_length)`, with `padding` padded on the left;
+            `pixel_values_videos` `(num_frames, 3, height, width)` if there are videos and `pixel_values`
             `(num_images, 3, height, width)` if there are images, both of the whole batch in order.
 
         Raises:
-            ValueError: if placeholders and videos or images differ in number, or nothing is given.
+            ValueError: if placeholders and videos or images differ in number, or all three are missing.
         """
         if text is None and videos is None and images is None:
             raise ValueError("Give the processor text, videos or images.")
@@ -177,7 +181,7 @@ class Ma2mbaProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["video_metadata"])
 
     def _check_counts(self, texts: list[str], visuals, kind: str, token: str, flatten):
-        """Every placeholder has its video or image, sample by sample where they are given that way."""
+        """Checks that every placeholder has its video or image, sample by sample if they are nested."""
         found = [sample.count(token) for sample in texts]
         given = 0 if visuals is None else len(flatten(visuals))
         where = "The text has"
@@ -194,8 +198,10 @@ class Ma2mbaProcessor(ProcessorMixin):
             )
 
     def _tokenize(self, texts: list[str], num_frames: list[int], num_images: list[int], options: dict) -> dict:
-        """Tokenizes with one placeholder a video and repeats its id afterwards: an hour of film is half a million
-        placeholders, which no tokenizer needs to read."""
+        """Tokenizes one placeholder for each video, and then repeats its id for each token of each frame.
+
+        An hour of film has half a million placeholders, which would slow the tokenizer down.
+        """
         options = dict(options)
         padding = options.pop("padding", False)
         side = options.pop("padding_side", None) or self.tokenizer.padding_side
@@ -228,14 +234,14 @@ class Ma2mbaProcessor(ProcessorMixin):
         return {name: [_pad(row, target, side, fill.get(name, 0)) for row in rows] for name, rows in expanded.items()}
 
     def _adjust_assistant_masks_indices(self, processed_dict, generation_indices):
-        # The stock loop visits every token in Python, once a turn. Here placeholders keep the offsets of the one
-        # placeholder they came from, so that a span of characters is one comparison of arrays.
+        # The stock loop visits every token in Python, once for each turn. Here repeated placeholders keep the offsets
+        # of the placeholder in the text, so that a range of characters is one comparison of arrays.
         masks = []
-        for offsets, spans in zip(processed_dict.pop("offset_mapping"), generation_indices, strict=True):
+        for offsets, ranges in zip(processed_dict.pop("offset_mapping"), generation_indices, strict=True):
             start, end = np.asarray(offsets).reshape(-1, 2).T
             mask = np.zeros(len(start), dtype=np.int64)
-            for span_start, span_end in spans:
-                mask |= (start < span_end) & (end > span_start)
+            for first, last in ranges:
+                mask |= (start < last) & (end > first)
             masks.append(mask)
         is_tensor = hasattr(processed_dict["input_ids"], "shape")
         processed_dict["assistant_masks"] = masks if is_tensor else [mask.tolist() for mask in masks]
@@ -243,10 +249,11 @@ class Ma2mbaProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
+        """The names of the model's inputs."""
         return ["input_ids", "attention_mask", "pixel_values_videos", "pixel_values"]
 
     def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
-        """Placeholders that images of `(height, width)` and videos of `(num_frames, height, width)` would take."""
+        """Counts the placeholders for images of `(height, width)` and videos of `(num_frames, height, width)`."""
         data = {}
         if image_sizes is not None:
             data["num_image_tokens"] = [self.tokens_per_frame] * len(image_sizes)
@@ -265,7 +272,7 @@ def _pad(row: np.ndarray, length: int, side: str, value: int) -> np.ndarray:
 
 
 def _flat_list_of_images(images) -> list:
-    """One image, a list, or a list of lists to a flat list of images, paths and URLs."""
+    """Flattens one image, a list, or a list of lists of images, paths and URLs."""
     if isinstance(images, (list, tuple)):
         return [image for nested in images for image in _flat_list_of_images(nested)]
     return [images]

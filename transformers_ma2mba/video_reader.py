@@ -1,8 +1,8 @@
-"""Frames out of a film at a steady rate, in memory bounded by the frames that are kept.
+"""The video reader: frames of a film at a steady rate, in memory bounded by the frames that are kept.
 
-`iter_frames` and `read_video` give what a viewer sees at 0, 1, 2, … seconds, or at any other rate: the frame on screen
-at that moment, upright, with square pixels. Only those frames are converted to RGB, each is handed to `transform` at
-once, and only what `transform` returns is held. FFmpeg decodes, through PyAV.
+`iter_frames` and `read_video` sample the frame on screen at 0, 1, 2, … seconds, or at any other rate, upright and with
+square pixels. Only sampled frames are converted to RGB, `transform` gets each of them at once, and only its results
+stay in memory. FFmpeg decodes, through PyAV.
 """
 
 import io
@@ -24,30 +24,31 @@ from transformers.utils.logging import tqdm
 Source = str | os.PathLike | bytes | BinaryIO
 Transform = Callable[[np.ndarray], np.ndarray]
 
-# What PyAV raises, and what a file object raises that fails while it is read.
+# Errors of PyAV, and of a file object that fails while it is read.
 _READ_ERRORS = (av.FFmpegError, OSError)
-# Containers round times to their clock's ticks: of 1 ms in Matroska, far shorter ones in MP4 and MPEG-TS. In AVI a
-# tick is a whole frame, to which nothing is rounded, so no more than this many seconds are put down to rounding.
+# Containers round times to the ticks of their clocks: 1 ms in Matroska, far less in MP4 and MPEG-TS. A tick of AVI is
+# a whole frame, and times in it are not rounded, so that the reader expects no rounding to more than this (seconds).
 _MAX_TICK = 1e-3
-# A film that lacks no more than this many seconds at its end is not warned about.
+# The reader does not warn about a film that lacks no more than this many seconds at its end.
 _NEGLIGIBLE_LOSS = 0.5
-# No more memory than this is reserved on the word of a file's header.
+# The most memory that is reserved because of the length in a file's header.
 _MAX_RESERVED_BYTES = 2**32
 
 
 class VideoReadError(ValueError):
-    """A file that cannot be read as a video: which one, why, and what to do about it."""
+    """A file that cannot be read as a video. The message names the file, the reason and the remedy."""
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What `probe` finds out about a film.
+    """The result of `probe`.
 
-    width, height: of its frames as shown: upright, with square pixels.
-    duration: in seconds, by the file's own account, which in Matroska may be the sound's; None where it gives none.
-    average_rate: in frames per second; None if unknown.
-    rotation: counter-clockwise degrees, 0 to 359, by which the stored frames are turned to stand upright.
-    codec: FFmpeg's name of the decoder, such as "h264".
+    Attributes:
+        width, height: the size of the frames as shown, upright and with square pixels.
+        duration: the length in seconds that the file states, in Matroska perhaps that of the sound; None if missing.
+        average_rate: frames per second; None if unknown.
+        rotation: counter-clockwise degrees, 0 to 359, that turn the stored frames upright.
+        codec: FFmpeg's name of the decoder, such as "h264".
     """
 
     width: int
@@ -59,7 +60,7 @@ class VideoInfo:
 
 
 def probe(source: Source) -> VideoInfo:
-    """Describes a film after decoding no more than its first frame. For `source` and errors see `iter_frames`."""
+    """Describes a film, of which it decodes only the first frame. For `source` and errors see `iter_frames`."""
     with _open(source) as film:
         _, frame = next(film.frames(frame_rate=1.0))
         height, width, _ = film.picture(frame).shape
@@ -74,32 +75,33 @@ def iter_frames(
     options: dict[str, str] | None = None,
     timeout: float | None = None,
 ) -> Iterator[tuple[float, np.ndarray]]:
-    """Yields what a film shows at 0, 1/frame_rate, 2/frame_rate, … seconds, up to its end.
+    """Yields the frames that a film shows at 0, 1/frame_rate, 2/frame_rate, … seconds, up to its end.
 
-    Shown at time t is the last frame whose presentation time is at most t; the first frame's time is 0. A frame that
-    is shown at several of these times is one and the same array.
+    The frame at time t is the last one whose presentation time is at most t; the time of the first frame is 0. A frame
+    that is on screen at several of these times is yielded as the same array.
 
     Args:
-        source: a path, a URL (whatever has "://" in it goes to FFmpeg as it is), the bytes of a file, or a binary file
+        source: a path, a URL (any string with "://" goes to FFmpeg unchanged), the bytes of a file, or a binary file
             object, read from its beginning if it can seek.
         frame_rate: frames per second of film, above 0.
-        transform: called once for each frame that is kept, for example to resize it.
-        format: FFmpeg's name of the container or device, such as "v4l2", where it cannot tell by itself; `source` then
-            goes to FFmpeg as it is.
-        options: for FFmpeg's demuxer, such as `{"video_size": "640x360"}`.
-        timeout: seconds after which a source that opens or sends nothing counts as ended; forever unless given.
+        transform: called once for each sampled frame, for example to resize it.
+        format: FFmpeg's name of the container or device, such as "v4l2", if FFmpeg cannot recognise it; `source` then
+            goes to FFmpeg unchanged.
+        options: options of FFmpeg's demuxer, such as `{"video_size": "640x360"}`.
+        timeout: seconds after which a source that opens or sends nothing counts as ended; by default it never does.
 
     Yields:
-        (time, frame): seconds from the start of the film, and (height, width, 3) uint8 RGB or what `transform` makes
-        of it. Frames are upright and have square pixels. A film that changes its size keeps that of its first frame.
+        (time, frame): seconds from the start of the film, and (height, width, 3) uint8 RGB or the result of
+        `transform`. Frames are upright and have square pixels. If a film changes its size, its frames keep that of the
+        first.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if the file does not exist.
         VideoReadError: if it is not a video that can be decoded.
         ValueError: if `frame_rate` is not a finite number above 0; raised by the call itself.
 
     Warns:
-        UserWarning: if the film ends earlier than its file says, or damaged packets were skipped.
+        UserWarning: if the film ends earlier than its file states, or damaged packets were skipped.
     """
     frame_rate = _checked_frame_rate(frame_rate)
 
@@ -113,17 +115,18 @@ def iter_frames(
 def read_video(
     source: Source, frame_rate: float = 1.0, transform: Transform | None = None, progress: bool | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Reads what `iter_frames` yields into one array, in hardly more memory than the array's.
+    """Reads the frames of `iter_frames` into one array, in hardly more memory than the array takes.
 
     Args:
         source, frame_rate, transform: as for `iter_frames`; `transform` must return one shape for all frames.
-        progress: whether to show a bar, in seconds of film. Unless given, it appears if reading takes over 2 seconds.
+        progress: whether to show a bar, in seconds of film. By default it appears if reading takes over 2 seconds.
 
     Returns:
-        frames: (num_frames, height, width, 3) uint8 RGB, or (num_frames, *shape) of what `transform` returns.
+        frames: (num_frames, height, width, 3) uint8 RGB, or (num_frames, *shape) from `transform`.
         timestamps: (num_frames,) float64 seconds from the start of the film.
 
-    Raises, warns: as `iter_frames`; ValueError also if `transform` returns different shapes.
+    Raises:
+        ValueError: if `transform` returns different shapes; for other errors and warnings see `iter_frames`.
     """
     frame_rate = _checked_frame_rate(frame_rate)
     num_frames = 0
@@ -140,7 +143,7 @@ def read_video(
             for time, frame in _sample(film, frame_rate, transform):
                 frame = np.asarray(frame)
                 if num_frames == 0:
-                    # Memory is not taken before it is written to, so that reserving too much costs nothing.
+                    # The system provides memory when it is written to, so that reserving too much costs nothing.
                     reserved = min(math.ceil(seconds * frame_rate), _MAX_RESERVED_BYTES // max(frame.nbytes, 1)) + 1
                     frames = np.empty((reserved, *frame.shape), frame.dtype)
                 elif frame.shape != frames.shape[1:]:
@@ -149,7 +152,7 @@ def read_video(
                         f"{time:g} seconds and {frames.shape[1:]} before."
                     )
                 elif num_frames == len(frames):
-                    # By a tenth only: resize fills what it adds with zeros, which does take memory.
+                    # By a tenth only: resize writes zeros to the added memory.
                     frames.resize((num_frames + num_frames // 10 + 16, *frame.shape), refcheck=False)
                 frames[num_frames] = frame
                 num_frames += 1
@@ -159,7 +162,7 @@ def read_video(
 
 
 def _sample(film: "_Film", frame_rate: float, transform: Transform | None) -> Iterator[tuple[float, np.ndarray]]:
-    """Samples and holds: a frame is on screen until the time of the next, and the last one until the film ends."""
+    """Samples and holds: a frame stays on screen until the time of the next, and the last one until the film ends."""
     index, on_screen = 0, None
     for until, next_frame in film.frames(frame_rate):
         picture = None
@@ -174,7 +177,7 @@ def _sample(film: "_Film", frame_rate: float, transform: Transform | None) -> It
 
 
 class _Film:
-    """The best video stream of an open container; messages call the file by `name`."""
+    """The best video stream of an open container; `name` stands for the file in messages."""
 
     def __init__(self, container: av.container.InputContainer, name: str):
         streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
@@ -189,18 +192,18 @@ class _Film:
         self.container, self.stream, self.codec, self.name = container, stream, stream.codec_context, name
         self.average_rate = float(rate) if rate else None
         self.tick = float(stream.time_base)
-        self.tolerance = 0.6 * min(self.tick, _MAX_TICK)  # seconds: half a tick of rounding, and some in the rate
+        self.tolerance = 0.6 * min(self.tick, _MAX_TICK)  # seconds: half a tick, and some for a rounded rate
         self._start = None  # the first frame's timestamp, in ticks
-        self._is_interlaced = False  # whether any frame so far was
+        self._is_interlaced = False  # whether any frame so far was interlaced
         self._size = None  # the first frame's (width, height) in square pixels, before it is turned upright
         self._reformatter = VideoReformatter()
         self._num_packets = self._num_damaged = 0
-        self._other_packet = None  # the last one of another stream
-        self._failure = None  # the error that reading broke off with
+        self._other_packet = None  # the last packet of another stream
+        self._failure = None  # the error that ended reading
 
     @property
     def duration(self) -> float | None:
-        """Seconds that the video lasts by the file's account or, failing that, those that the whole file lasts."""
+        """The length in seconds that the file states for the video, or else for the whole file."""
         if (self.stream.duration or 0) > 0:
             return self.stream.duration * self.tick
         # Matroska and Flash count from 0, whenever the film starts.
@@ -208,14 +211,14 @@ class _Film:
         return length / av.time_base if length > 0 else None
 
     def picture(self, frame: av.VideoFrame) -> np.ndarray:
-        """A decoded frame as (height, width, 3) uint8 RGB, upright, with square pixels."""
+        """Converts a decoded frame to (height, width, 3) uint8 RGB, upright, with square pixels."""
         if self._size is None:
             self._size = max(1, round(frame.width * (self.stream.sample_aspect_ratio or 1))), frame.height
         interpolation = None if self._size == (frame.width, frame.height) else "BICUBIC"
         rgb = self._reformatter.reformat(frame, *self._size, format="rgb24", interpolation=interpolation)
         pixels = rgb.to_ndarray()
         if (matrix := frame.side_data.get("DISPLAYMATRIX")) is not None:
-            # The pixel at column x and row y is shown at column a x + c y and row b x + d y, but for an offset.
+            # The matrix moves the pixel at column x and row y to column a x + c y and row b x + d y, plus an offset.
             a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
             if abs(b) > abs(a):
                 pixels, a, d = pixels.swapaxes(0, 1), c, b
@@ -223,9 +226,9 @@ class _Film:
         return np.ascontiguousarray(pixels)
 
     def frames(self, frame_rate: float) -> Iterator[tuple[float, av.VideoFrame | None]]:
-        """Yields (seconds from the start, frame) in the order shown and lastly (seconds at which the film ends, None).
+        """Yields (seconds from the start, frame) in the order shown, and at last (seconds at the film's end, None).
 
-        Frames that have left the screen before the next sample at `frame_rate` may be missing.
+        Frames that leave the screen before the next sample at `frame_rate` may be missing.
         """
         usual_length = 1 / (self.average_rate or 25)
         frame, time, end = None, 0.0, 0.0
@@ -235,9 +238,9 @@ class _Film:
                 time = end
             else:
                 if self._start is None or self._seconds(frame.pts) < time - 1:
-                    # The film starts; or a second recording was joined to it, and goes on where the first one ended.
+                    # The film starts, or a second recording joined to it continues where the first one ended.
                     self._start = frame.pts - round(end / self.tick)
-                # AVI stores no presentation times, and those FFmpeg infers may step back a little.
+                # AVI stores no presentation times, and the times that FFmpeg infers may step back a little.
                 time = max(time, self._seconds(frame.pts))
             end = time + (self.tick * (frame.duration or 0) or usual_length)
             yield time, frame
@@ -245,7 +248,7 @@ class _Film:
             raise VideoReadError(
                 f"Not one frame of {self.name} could be decoded: the file is damaged or encrypted; copy it again."
             )
-        # The last frame's time and length may both be rounded up; yet the shortest film shows its first frame.
+        # The last frame's time and length may both be rounded up. Even the shortest film must show its first frame.
         yield max(end - self.tolerance, 2 * self.tolerance), None
         self._warn_of_losses(end)
 
@@ -253,17 +256,18 @@ class _Film:
         return (pts - self._start) * self.tick
 
     def _decode(self, frame_rate: float) -> Iterator[av.VideoFrame]:
-        """Decodes what is intact, except hidden frames from which no other frame is predicted.
+        """Decodes intact packets, except hidden frames from which no other frame is predicted.
 
-        A frame is hidden if a later one, already in the decoder, takes its place before the next sample. Only H.264
-        marks frames such that this is exact, and those made of two fields, which may come one by one, are kept whole.
+        A frame is hidden if a later one, already in the decoder, replaces it on screen before the next sample. Only
+        H.264 marks references reliably. Interlaced frames are never left out, because the two fields of one may be in
+        separate packets.
         """
         latest_pts = None
         for packet in self._packets():
             hidden = False
             marks_references = self.codec.name == "h264" and not self._is_interlaced
             if marks_references and None not in (packet.pts, latest_pts, self._start) and packet.pts < latest_pts:
-                # Is there no sample between the two? Half a tolerance on both sides makes up for inexact arithmetic.
+                # Is there no sample between the two? Half a tolerance on both sides allows for inexact arithmetic.
                 first = self._seconds(packet.pts) - 1.5 * self.tolerance
                 last = self._seconds(latest_pts) - 0.5 * self.tolerance
                 hidden = math.floor(first * frame_rate) == math.floor(last * frame_rate)
@@ -277,14 +281,14 @@ class _Film:
                 latest_pts = packet.pts
             yield from frames
         try:
-            frames = self.codec.decode(None)  # those held back to come in their order
+            frames = self.codec.decode(None)  # frames that the decoder held back to put them in order
         except _READ_ERRORS:
             self._num_damaged += 1
         else:
             yield from frames
 
     def _packets(self) -> Iterator[av.Packet]:
-        """Yields the video's intact packets, until the file ends or cannot be read on."""
+        """Yields the video's intact packets until the file ends or reading fails."""
         packets = self.container.demux()
         while True:
             try:
@@ -296,7 +300,7 @@ class _Film:
                 return
             if packet.stream_index != self.stream.index:
                 self._other_packet = packet if packet.pts is not None else self._other_packet
-            elif packet.size:  # the decoder would take an empty packet for the end
+            elif packet.size:  # to the decoder an empty packet means the end
                 self._num_packets += 1
                 if packet.is_corrupt:
                     self._num_damaged += 1
@@ -304,8 +308,8 @@ class _Film:
                     yield packet
 
     def _warn_of_losses(self, end: float):
-        """Warns, once, if a film that ended at `end` seconds should have gone on, or had damaged packets."""
-        if (other := self._other_packet) is not None:  # the duration may be that of the sound
+        """Warns, once, if a film that ended at `end` seconds should be longer, or had damaged packets."""
+        if (other := self._other_packet) is not None:  # the stated duration may be that of the sound
             reached = max(end, float(other.pts * other.time_base) - (self._start or 0) * self.tick)
         else:
             reached = end
@@ -323,7 +327,7 @@ class _Film:
 
 @contextmanager
 def _open(source: Source, format=None, options=None, timeout=None) -> Iterator[_Film]:
-    """Opens a film, and closes it in the end."""
+    """Opens a film, and closes it at the end."""
     file, name = (source, source) if format is not None and isinstance(source, str) else _file_and_name(source)
     try:
         container = av.open(file, mode="r", format=format, options=options, timeout=timeout, metadata_errors="ignore")
@@ -339,7 +343,7 @@ def _open(source: Source, format=None, options=None, timeout=None) -> Iterator[_
 
 
 def _file_and_name(source: Source) -> tuple[str | BinaryIO, str]:
-    """What PyAV is to open, and what messages call it."""
+    """Returns the argument for PyAV, and the name for messages."""
     if isinstance(source, (str, os.PathLike)):
         path = os.fspath(source)
         if "://" in path:
@@ -361,7 +365,7 @@ def _file_and_name(source: Source) -> tuple[str | BinaryIO, str]:
 
 
 def _first_bytes(file: str | BinaryIO) -> bytes:
-    """As many bytes as show a file's type, or none if it cannot be read twice."""
+    """The bytes that show a file's type, or none if the file cannot be read twice."""
     if isinstance(file, str):
         if not os.path.isfile(file):
             return b""

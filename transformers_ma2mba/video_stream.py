@@ -116,7 +116,7 @@ class VideoStream:
     def _checked(self, frame, index: int) -> torch.Tensor:
         """A copy of a frame as uint8 `(3, height, width)`: cameras write the next frame into the same memory."""
         if isinstance(frame, Image.Image):
-            frame = frame.convert("RGB")
+            frame = np.array(frame.convert("RGB"))  # a writable copy, as PyTorch demands
         if not isinstance(frame, torch.Tensor):
             frame = np.asarray(frame)
         if frame.ndim != 3:
