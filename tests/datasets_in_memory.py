@@ -1,11 +1,11 @@
-"""Batches that exist already, as a dataset for the stock Trainer."""
+"""A dataset of rows in memory."""
 
 import torch
 from torch.utils.data import Dataset
 
 
 class RowsDataset(Dataset):
-    """Batches of one sample each, all of one shape."""
+    """A dataset of given rows; `collate` joins batches of one sample each, all of one shape."""
 
     def __init__(self, rows: list[dict]):
         self.rows = rows

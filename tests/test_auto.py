@@ -35,7 +35,7 @@ MODEL_CLASSES = [AutoModel, AutoModelForMultimodalLM, AutoModelForImageTextToTex
 
 
 def run_python(code: str) -> str:
-    """What a fresh interpreter prints."""
+    """Runs code in a fresh interpreter, and returns its output."""
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
@@ -137,8 +137,8 @@ def test_device_map(tmp_path, model, auto_class):
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
 
 
-def test_a_model_in_pieces_on_several_devices(tmp_path, config, model):
-    """Two devices as far as accelerate is concerned: the processor's memory and the disk."""
+def test_a_model_split_over_several_devices(tmp_path, config, model):
+    """For accelerate the CPU's memory and the disk are two devices."""
     model.save_pretrained(tmp_path / "model")
     device_map = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
     device_map |= {"model.language_model.embeddings": "cpu", "model.language_model.norm_f": "cpu"}
@@ -171,7 +171,7 @@ def test_attention_implementations(tmp_path, kind):
 
 
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
-def test_tying_is_as_the_config_says(tmp_path, tie):
+def test_embeddings_are_tied_as_configured(tmp_path, tie):
     model = tiny_model(tiny_config(text=dict(tie_word_embeddings=tie), tie_word_embeddings=tie))
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
@@ -182,8 +182,8 @@ def test_tying_is_as_the_config_says(tmp_path, tie):
     assert_same_weights(loaded, model)
 
 
-def test_saving_what_was_loaded_gives_the_same_files(tmp_path, checkpoint):
-    # Transformers notes a loaded model's dtype in the configs of its parts, too; a new one's it does not.
+def test_a_loaded_checkpoint_saves_the_same_files(tmp_path, checkpoint):
+    # Transformers writes the dtype into the configs of a loaded model's parts, but not into those of a new model.
     for source, target in ((checkpoint, tmp_path / "once"), (tmp_path / "once", tmp_path / "twice")):
         AutoModel.from_pretrained(source).save_pretrained(target)
         AutoProcessor.from_pretrained(source).save_pretrained(target)
@@ -205,19 +205,19 @@ def test_weight_names_follow_the_video_language_models_of_transformers(checkpoin
     assert {name.split(".")[1] for name in names} == {"vision_tower", "multi_modal_projector", "language_model"}
 
 
-def test_weights_of_a_stock_mamba2_load_as_they_are(tmp_path, config, model):
-    """A language model's checkpoint has the very tensors that this one has under `model.language_model`."""
+def test_weights_of_a_stock_mamba2_load_unchanged(tmp_path, config, model):
+    """A language model's checkpoint has the same tensors as this model under `model.language_model`."""
     model.model.language_model.save_pretrained(tmp_path)
     stock = AutoModel.from_pretrained(tmp_path)
     ids = torch.tensor([[3, 4, 5, 6, 7]])
     with torch.no_grad():
-        # This package's scan rounds otherwise than the stock one, which takes it on request.
+        # This package's scan rounds differently; the stock model uses it on request.
         expected = stock(ids, ssd_scan=True).last_hidden_state
         assert torch.equal(expected, model.model(ids).last_hidden_state)
 
 
 def test_the_base_model_alone(tmp_path, model):
-    """`Ma2mbaModel` loads from a checkpoint of the whole."""
+    """`Ma2mbaModel` loads from a checkpoint of the whole model."""
     model.save_pretrained(tmp_path)
     base, info = Ma2mbaModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
@@ -250,8 +250,8 @@ def test_the_pipeline_loads_model_and_processor(tmp_path, config, processor, dty
     assert_same_weights(pipe.model, model)
 
 
-def test_loading_keeps_frozen_what_no_feature_reaches(model, checkpoint):
-    """Trainer's DDP would wait for their gradients."""
+def test_unused_layers_stay_frozen_after_loading(model, checkpoint):
+    """DDP in the Trainer would wait for the gradients of layers that no feature passes through."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     loaded = AutoModel.from_pretrained(checkpoint)
     assert frozen and frozen == {name for name, parameter in loaded.named_parameters() if not parameter.requires_grad}

@@ -1,4 +1,4 @@
-"""Bad input to the pipeline: one clear sentence that names the file or the argument and says what to do."""
+"""Bad input to the pipeline: the error is one sentence with the file or argument and the remedy."""
 
 import math
 import wave
@@ -61,7 +61,7 @@ def test_a_missing_file(qa, tmp_path):
     assert_one_sentence(error)
 
 
-def test_a_film_cut_off_in_the_middle_is_answered_about_with_a_warning(qa, tmp_path):
+def test_a_film_cut_short_gets_an_answer_and_a_warning(qa, tmp_path):
     path = tmp_path / "cut.mp4"
     write_index_video(path, 80, fps=4, preset="ultrafast", faststart=True)
     whole = path.read_bytes()
@@ -113,7 +113,7 @@ def test_bad_rate_for_a_file(qa, film, fps):
     assert_one_sentence(error)
 
 
-def test_rows_that_are_no_mappings(qa):
+def test_rows_that_are_not_mappings(qa):
     with pytest.raises(ValueError, match="Each input must be a mapping with `video` and `question`; got str"):
         list(qa(name for name in ["film.mp4"]))
 
@@ -141,7 +141,7 @@ def test_a_processor_that_counts_other_tokens(model):
         pipe(video=FRAMES, question="Why?")
 
 
-def test_an_error_leaves_the_pipeline_as_it_was(qa):
+def test_an_error_leaves_the_pipeline_unchanged(qa):
     before = qa(video=FRAMES, question="Why?", max_new_tokens=4)
     for bad in (dict(video=NAN, question="Why?"), dict(video=FRAMES, question="")):
         with pytest.raises(ValueError):
@@ -150,7 +150,7 @@ def test_an_error_leaves_the_pipeline_as_it_was(qa):
 
 
 def test_frames_of_another_size_given_to_a_model(config):
-    """Without a processor; two frames of 24 px, whose tokens would be as many as placeholders."""
+    """Two frames of 24 px without a processor; the number of their tokens would match the placeholders."""
     model = tiny_model(config)
     input_ids = torch.tensor([[config.video_token_id] * 8])
     with pytest.raises(ValueError, match="24 x 24 px, but this checkpoint's vision encoder takes 32 x 32 px"):

@@ -1,4 +1,4 @@
-"""Rows of a LLaVA-Video style list to training batches."""
+"""The data collator: rows of a LLaVA-Video style list to training batches."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from transformers_ma2mba import DataCollatorForVideoQA, conversation_to_messages
 
 
 def turns(*texts):
-    """Human and assistant by turns."""
+    """A conversation in which human and assistant alternate."""
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
@@ -42,7 +42,7 @@ def spoken(processor, batch, row) -> list[str]:
     return [processor.decode(run.tolist()) for run in runs]
 
 
-def test_only_what_the_assistant_says_is_supervised(processor, folder, rows):
+def test_only_the_assistant_is_supervised(processor, folder, rows):
     batch = DataCollatorForVideoQA(processor, folder)(rows)
     assert set(batch) == {"input_ids", "attention_mask", "labels", "pixel_values", "pixel_values_videos"}
     assert spoken(processor, batch, 0) == ["A dog.<|endoftext|>", "red<|endoftext|>"]
@@ -52,7 +52,7 @@ def test_only_what_the_assistant_says_is_supervised(processor, folder, rows):
     assert torch.equal(batch["labels"][supervised], batch["input_ids"][supervised])
 
 
-def test_a_batch_is_what_the_processor_makes_of_each_row(processor, folder, rows):
+def test_a_batch_equals_the_processor_row_by_row(processor, folder, rows):
     batch = DataCollatorForVideoQA(processor, folder)(rows)
     longest = 0
     for row, source in enumerate(rows):
@@ -77,7 +77,7 @@ def test_a_model_learns_from_a_batch(processor, model, folder, rows):
     assert output.loss.isfinite() and output.loss > 0
 
 
-def test_keeping_frames_changes_nothing_but_the_reading(processor, folder, rows, monkeypatch):
+def test_keeping_frames_only_saves_reading(processor, folder, rows, monkeypatch):
     plain, keeping = (DataCollatorForVideoQA(processor, folder, keep_frames=keep) for keep in (False, True))
     expected = plain(rows)
     for _ in range(2):

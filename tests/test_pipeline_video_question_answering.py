@@ -1,12 +1,13 @@
-"""The pipeline against the model itself: answers, scores, ranks, and every way of asking."""
+"""The pipeline equals the model itself: answers, scores, ranks, and all forms of input."""
 
 import math
 
 import pytest
 import torch
+from datasets_in_memory import RowsDataset
 from PIL import Image
+from prompts import make_prompt
 from tiny import approximately, random_frames
-from torch.utils.data import Dataset
 from transformers import GenerationConfig, pipeline
 
 from transformers_ma2mba import read_video
@@ -15,21 +16,9 @@ QUESTIONS = ["Who opens the door?", "Which colour is it?", "Why?"]
 CANDIDATES = ["red", "green", "blue green", "yellow"]
 
 
-def make_prompt(processor, frames, question) -> dict:
-    """The whole prompt at once, as the model would see it without a pipeline."""
-    content = [{"type": "video", "video": frames}, {"type": "text", "text": question}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-
-
 @torch.no_grad()
 def naive_log_probabilities(model, prompt, tokens: list[int]) -> torch.Tensor:
-    """Of each token of an answer, by one forward pass over everything and no state."""
+    """The log-probability of each token of an answer, by one forward pass over the whole text without a cache."""
     input_ids = torch.cat([prompt["input_ids"], torch.tensor([tokens])], 1)
     pixels = prompt["pixel_values_videos"]
     logits = model(input_ids=input_ids, pixel_values_videos=pixels, use_cache=False).logits[0].double()
@@ -37,7 +26,7 @@ def naive_log_probabilities(model, prompt, tokens: list[int]) -> torch.Tensor:
 
 
 def naive_answer(model, processor, frames, question, **options) -> tuple[list[int], dict]:
-    """Tokens of a plain `generate`, and what the pipeline should make of them."""
+    """The tokens of a plain `generate`, and the result that the pipeline should return for them."""
     prompt = make_prompt(processor, frames, question)
     tokens = model.generate(**prompt, **options)[0, prompt["input_ids"].shape[1] :].tolist()
     if 0 in tokens:
@@ -57,16 +46,15 @@ def frames():
 
 @pytest.mark.parametrize("options", [{}, dict(num_beams=3), dict(repetition_penalty=5.0)], ids=str)
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_an_answer_is_what_plain_generate_gives(qa, model, processor, frames, question, options):
-    """To the whole prompt in one piece; the score is that of the model's own probabilities, whatever chose the
-    tokens."""
+def test_an_answer_equals_plain_generate(qa, model, processor, frames, question, options):
+    """The score comes from the model's own probabilities, also where an option changes the choice of tokens."""
     tokens, expected = naive_answer(model, processor, frames, question, max_new_tokens=8, **options)
     assert qa(video=frames, question=question, max_new_tokens=8, **options) == expected
     assert len(tokens) > 1
 
 
 def test_an_answer_may_be_empty(qa, model, processor, frames):
-    """Its score is the probability that the text ends at once."""
+    """The score of an empty answer is the probability that the text ends at once."""
     end = naive_log_probabilities(model, make_prompt(processor, frames, "Why?"), [0])
     answer = qa(video=frames, question="Why?", sequence_bias={(0,): 100.0})
     assert answer == {"answer": "", "score": pytest.approx(math.exp(end), rel=1e-4)}
@@ -168,7 +156,7 @@ def test_bad_candidates(qa, frames, candidates):
 
 
 def test_watch_and_resume(qa, film, frames, tmp_path):
-    """What they return is tested with the session."""
+    """See test_video_session.py for the sessions themselves."""
     expected = qa(video=film, question=QUESTIONS, max_new_tokens=6)
     watched = qa.watch(film, frames_per_piece=2)
     assert watched.ask(QUESTIONS, max_new_tokens=6) == approximately(expected)
@@ -201,7 +189,7 @@ def test_several_films_equal_one_by_one(qa, film, frames, pieces):
     assert [session.num_frames for session in watched] == [5, 6, 2, 3]
 
 
-def test_what_is_a_list_of_films(qa, film, frames):
+def test_lists_of_films_and_lists_of_frames(qa, film, frames):
     assert [session.num_frames for session in qa.watch([str(film)])] == [6]
     assert [session.num_frames for session in qa.watch([frames, frames[:1]])] == [5, 1]
     assert qa.watch([Image.fromarray(frame) for frame in frames]).num_frames == 5
@@ -221,6 +209,13 @@ def test_one_film_of_several_that_breaks_off(qa, frames, film):
     assert watched[1].ask("Why?", max_new_tokens=4) == approximately(expected)
 
 
+def test_one_film_of_several_that_fails_before_its_first_sample(qa, frames):
+    """Its first frame stays on screen until the second, which is bad, and is then sampled."""
+    with pytest.warns(UserWarning, match="Frame 1 of the list is at nan seconds"):
+        watched = qa.watch([frames, [(0.0, frames[0]), (float("nan"), frames[1])]])
+    assert [session.num_frames for session in watched] == [5, 1]
+
+
 def test_mistakes_in_watching(qa, film, frames, tmp_path):
     with pytest.raises(ValueError, match="background is for one film, but a list of 2 was given"):
         qa.watch([film, film], background=True)
@@ -230,8 +225,9 @@ def test_mistakes_in_watching(qa, film, frames, tmp_path):
         qa.watch([film, tmp_path / "nowhere.mp4"])
     with pytest.raises(ValueError, match="format: options for FFmpeg, but the ndarray needs none"):
         qa.watch(frames, format="v4l2")
-    with pytest.raises(ValueError, match="the list_iterator has not one frame"):
-        qa(video=iter([]), question="Why?")
+    for ask in (lambda: qa(video=iter([]), question="Why?"), lambda: qa.watch([frames, iter([])])):
+        with pytest.raises(ValueError, match="the list_iterator has not one frame"):
+            ask()
 
 
 def test_ctrl_c_ends_a_plain_call(qa, frames):
@@ -262,7 +258,7 @@ def test_forms_of_a_video(qa, film, form):
     assert qa(video=video, question="Why?", max_new_tokens=6) == qa(video=frames, question="Why?", max_new_tokens=6)
 
 
-def test_what_is_seen_matters(qa, frames):
+def test_answers_depend_on_the_frames(qa, frames):
     assert qa(video=frames, question="Why?") != qa(video=255 - frames, question="Why?")
     assert qa(video=frames, question="Why?") != qa(video=frames[::-1], question="Why?")
 
@@ -273,7 +269,7 @@ def test_fps(qa, film):
     assert qa(video=film, question="Why?", fps=4) != qa(video=film, question="Why?")
 
 
-def test_the_frame_rate_is_the_config_s_unless_given(checkpoint, film):
+def test_the_default_frame_rate_is_that_of_the_config(checkpoint, film):
     pipe = pipeline("video-question-answering", model=str(checkpoint))
     pipe.model.config.frame_rate = 4.0
     assert pipe(video=film, question="Why?") == pipe(video=read_video(film, 4.0)[0], question="Why?")
@@ -288,17 +284,6 @@ def test_progress(qa, film, capsys, progress):
 # Several inputs
 
 
-class Rows(Dataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
-
-
 @pytest.mark.parametrize("form", ["list", "tuple", "generator", "iterator", "dataset"])
 def test_several_videos(qa, frames, form):
     rows = [
@@ -308,8 +293,8 @@ def test_several_videos(qa, frames, form):
     ]
     expected = [qa(**row, max_new_tokens=4) for row in rows]
     forms = {"list": list, "tuple": tuple, "generator": lambda rows: (row for row in rows), "iterator": iter}
-    output = qa({**forms, "dataset": Rows}[form](rows), max_new_tokens=4)
-    assert isinstance(output, list) == (form in ("list", "tuple"))  # others are streamed
+    output = qa({**forms, "dataset": RowsDataset}[form](rows), max_new_tokens=4)
+    assert isinstance(output, list) == (form in ("list", "tuple"))  # other forms return an iterator
     assert list(output) == expected
 
 
@@ -319,10 +304,10 @@ def test_one_mapping(qa, frames):
     assert qa(frames, "Why?", max_new_tokens=4) == expected
 
 
-# Saving, and the checkpoint within the package
+# Saving, and the checkpoint in the package
 
 
-def test_what_the_pipeline_saves_it_loads(qa, frames, tmp_path):
+def test_the_pipeline_loads_its_own_files(qa, frames, tmp_path):
     qa.save_pretrained(tmp_path)
     loaded = pipeline("video-question-answering", model=str(tmp_path))
     assert loaded(video=frames, question=QUESTIONS) == qa(video=frames, question=QUESTIONS)
@@ -335,7 +320,7 @@ def test_model_and_processor_in_hand(qa, model, processor, frames):
 
 
 def test_an_image_in_a_chat_through_transformers_own_pipeline(checkpoint, model, processor, frames):
-    """`image-text-to-text` knows nothing of this package."""
+    """`image-text-to-text` is a pipeline of Transformers, without code of this package."""
     picture = Image.fromarray(frames[0])
     chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Who?"}]}]
     pipe = pipeline("image-text-to-text", model=str(checkpoint))
@@ -348,7 +333,7 @@ def test_an_image_in_a_chat_through_transformers_own_pipeline(checkpoint, model,
 
 
 def test_the_default_checkpoint(film):
-    """Without a model the task loads the one within the package."""
+    """Without a model the task loads the checkpoint in the package."""
     from transformers_ma2mba.auto import DEFAULT_CHECKPOINT
 
     assert DEFAULT_CHECKPOINT.is_dir(), "the package has no default checkpoint; `make default-checkpoint` makes it"

@@ -1,4 +1,4 @@
-"""The processor: the paper's conversation, placeholders, assistant masks, padding, and what is refused."""
+"""The processor: the paper's conversation, placeholders, assistant masks, padding, and errors."""
 
 import time
 
@@ -33,22 +33,24 @@ def image(frame):
     return {"type": "image", "image": Image.fromarray(frame)}
 
 
-def naive_tokens(processor, pieces: list, spoken: bool = False) -> list[tuple[int, int]]:
-    """(token, whether the assistant says it) of pieces of text, and of numbers of frames after <video> or <image>."""
+def naive_tokens(processor, parts: list, spoken: bool = False) -> list[tuple[int, int]]:
+    """(token, whether the assistant says it) of parts of a text and of (placeholder, number of frames)."""
     tokens = []
-    for piece in pieces:
-        if isinstance(piece, tuple):
-            name, num_frames = piece
+    for part in parts:
+        if isinstance(part, tuple):
+            name, num_frames = part
             token = processor.tokenizer.convert_tokens_to_ids(name)
             tokens += [(token, 0)] * (num_frames * processor.tokens_per_frame)
         else:
-            tokens += [(token, int(spoken)) for token in processor.tokenizer(piece)["input_ids"]]
+            tokens += [(token, int(spoken)) for token in processor.tokenizer(part)["input_ids"]]
     return tokens
 
 
 def naive_conversation(processor, turns, system=None, ask=False) -> list[tuple[int, int]]:
-    """The paper's Table 5, turn by turn: an even turn is the user's pieces, an odd one is the assistant's text. With
-    `ask`, the assistant's turn is next."""
+    """The paper's Table 5, turn by turn: an even turn is a list of the user's parts, an odd one the assistant's text.
+
+    With `ask`, the assistant's turn is next.
+    """
     tokens = naive_tokens(processor, [f"<|system|>{system or 'You are a helpful assistant.'}<|endoftext|>"])
     for number, turn in enumerate(turns):
         if number % 2 == 0:
@@ -100,7 +102,7 @@ def test_whitespace_and_signs_stay_as_they_are(processor):
     assert rendered.endswith(f"<|endoftext|><|user|>{text}<|endoftext|><|assistant|>{text}<|endoftext|>")
 
 
-def test_images_and_videos_stand_where_they_are_put(processor):
+def test_images_and_videos_keep_their_places(processor):
     blocks = [{"type": "image"}, "Before,", {"type": "video"}, "between", {"type": "image"}, "and after."]
     rendered = processor.apply_chat_template([user(*blocks)])
     assert rendered.endswith("<|user|><image>Before,<video>between<image>and after.<|endoftext|>")
@@ -121,23 +123,23 @@ def test_placeholders_equal_tokenizing_the_text_with_all_of_them(processor):
     assert output["pixel_values"].shape == (2, 3, 32, 32)
 
 
-PIECES = st.one_of(st.sampled_from(["<|endoftext|>", "<|user|>", " ", "\n"]), st.text(max_size=8), st.integers(1, 3))
+PARTS = st.one_of(st.sampled_from(["<|endoftext|>", "<|user|>", " ", "\n"]), st.text(max_size=8), st.integers(1, 3))
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(PIECES, st.booleans()), max_size=8))
-def test_placeholders_in_any_text(processor, pieces):
-    """A number is a video of so many frames, or as many images."""
+@given(st.lists(st.tuples(PARTS, st.booleans()), max_size=8))
+def test_placeholders_in_any_text(processor, parts):
+    """A number stands for a video with this many frames, or for this many images."""
     text, written_out, videos, images = "", "", [], []
-    for piece, is_video in pieces:
-        if isinstance(piece, str):
-            text, written_out = text + piece, written_out + piece
+    for part, is_video in parts:
+        if isinstance(part, str):
+            text, written_out = text + part, written_out + part
         elif is_video:
-            text, written_out = text + VIDEO, written_out + VIDEO * 4 * piece
-            videos.append(random_frames(piece))
+            text, written_out = text + VIDEO, written_out + VIDEO * 4 * part
+            videos.append(random_frames(part))
         else:
-            text, written_out = text + IMAGE * piece, written_out + IMAGE * 4 * piece
-            images += list(random_frames(piece))
+            text, written_out = text + IMAGE * part, written_out + IMAGE * 4 * part
+            images += list(random_frames(part))
     output = processor(text=[text], videos=videos or None, images=images or None)
     assert output["input_ids"] == processor.tokenizer([written_out])["input_ids"]
     assert len(output.get("pixel_values_videos", [])) == sum(map(len, videos))
@@ -238,8 +240,7 @@ def test_a_chat_with_images_and_videos(processor, tmp_path):
     assert torch.equal(output["pixel_values"], processor.video_processor(pictures)["pixel_values_videos"])
 
 
-def test_a_batch_of_chats_of_which_each_has_other_visuals(processor):
-    """A video, an image, both, neither."""
+def test_a_batch_of_chats_with_a_video_an_image_both_or_neither(processor):
     frames = random_frames(4)
     conversations = [
         [user(video(frames[:2]), "Who?")],
@@ -264,7 +265,7 @@ def test_a_batch_of_chats_of_which_each_has_other_visuals(processor):
     assert torch.equal(output["pixel_values"], everything[2:])
 
 
-# What the assistant says
+# Assistant masks
 
 TURNS = [
     ([[(VIDEO, 3), "Who opens the door?"], "A dog."], None),
@@ -288,7 +289,7 @@ def conversation_of(turns, system):
 @pytest.mark.parametrize("return_tensors", ["auto", "pt", "np"])
 @pytest.mark.parametrize("turns, system", TURNS, ids=["one-turn", "several-turns", "any-text", "empty-and-late"])
 def test_assistant_mask(processor, turns, system, return_tensors):
-    """Exactly the assistant's text and its end of text."""
+    """The mask covers exactly the assistant's text and its end of text."""
     output = processor.apply_chat_template(
         conversation_of(turns, system),
         tokenize=True,
@@ -345,7 +346,7 @@ def batch():
     ids=["true", "longest", "multiple", "max-length", "multiple-of-max-length"],
 )
 def test_padding(processor, batch, options, length, side):
-    """On the left unless told otherwise, as a recurrent state needs it."""
+    """Padding is on the left by default, because padding after a text would enter its state."""
     rows = processor(**batch)["input_ids"]
     length = length or max(map(len, rows))
     output = processor(**batch, **options, **({"padding_side": side} if side else {}), return_tensors="pt")
@@ -378,7 +379,7 @@ def test_truncation_is_refused(processor, batch, truncation):
 
 
 def test_two_hours_of_film_take_seconds(processor, capsys):
-    """7,200 frames of 144 tokens; of 2 x 2 pixels, as this is about the 1,036,800 placeholders."""
+    """7,200 frames of 144 tokens; frames of 2 x 2 px, because the test measures the 1,036,800 placeholders."""
     hours = Ma2mbaProcessor(
         processor.tokenizer, Ma2mbaVideoProcessor(size={"height": 2, "width": 2}), tokens_per_frame=144
     )
@@ -397,7 +398,7 @@ def test_two_hours_of_film_take_seconds(processor, capsys):
     assert hours.decode(spoken) == "A dog.<|endoftext|>"
 
 
-# What does not fit together
+# Errors
 
 FRAMES = random_frames(2)
 
@@ -437,12 +438,12 @@ FRAMES = random_frames(2)
         pytest.param(dict(text=12), "text must be a string or a list of strings", id="number"),
     ],
 )
-def test_what_does_not_fit_together(processor, inputs, message):
+def test_inputs_that_do_not_match(processor, inputs, message):
     with pytest.raises(ValueError, match=message):
         processor(**inputs)
 
 
-def test_a_placeholder_smuggled_into_a_question(processor):
+def test_a_placeholder_in_a_question(processor):
     with pytest.raises(ValueError, match="2 <video> placeholders, but 1 video was given"):
         processor.apply_chat_template([user(video(FRAMES), "What is <video>?")], tokenize=True, return_dict=True)
 
@@ -504,7 +505,7 @@ def test_saving_keeps_everything(tmp_path, film):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_texts_are_padded_on_the_left_whatever_the_tokenizer_was_made_for(processor, tmp_path, side):
+def test_texts_are_padded_on_the_left_with_any_tokenizer(processor, tmp_path, side):
     tokenizer = tiny_tokenizer()
     tokenizer.padding_side = side
     made = Ma2mbaProcessor.from_model_config(tiny_config(), tokenizer)
@@ -520,6 +521,6 @@ def test_decoding(processor):
 
 
 def test_number_of_tokens_without_pixels(processor):
-    """What serving engines ask for."""
+    """Serving engines call this method."""
     data = processor._get_num_multimodal_tokens(image_sizes=[(480, 640)] * 2, video_sizes=[(10, 480, 640)])
     assert (data.num_image_tokens, data.num_image_patches, data.num_video_tokens) == ([4, 4], [1, 1], [40])

@@ -1,4 +1,4 @@
-"""The video processor: every form a video may come in, what becomes of it, and what is refused."""
+"""The video processor: forms of videos, options, and errors for bad videos."""
 
 import math
 
@@ -27,7 +27,7 @@ def pixels_of(video_processor, video, **options) -> torch.Tensor:
 
 
 def reference(frames: np.ndarray) -> torch.Tensor:
-    """`(num_frames, height, width, 3)` uint8 frames, one by one through torchvision."""
+    """Resizes uint8 frames `(num_frames, height, width, 3)` one by one with torchvision."""
     channels_first = [torch.from_numpy(frame).permute(2, 0, 1).contiguous() for frame in frames]
     return torch.stack([resize(f, [32, 32], InterpolationMode.BICUBIC, antialias=True) for f in channels_first])
 
@@ -84,7 +84,7 @@ def test_an_image_is_a_video_of_one_frame(video_processor):
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["flat", "one-list-a-text"])
-def test_several_videos_stand_one_after_the_other(video_processor, film, nested):
+def test_several_videos_are_concatenated(video_processor, film, nested):
     first, second = random_frames(3, 40, 24), random_frames(2, 64, 64, seed=1)
     images = [Image.fromarray(frame) for frame in second]
     videos = [[first, str(film)], [images], []] if nested else [first, str(film), images]
@@ -108,7 +108,7 @@ def test_fps(film, fps, expected):
         assert [read_index(frame.permute(1, 2, 0).numpy()) for frame in pixels] == expected
 
 
-def test_fps_leaves_frames_that_are_given_alone(video_processor):
+def test_fps_has_no_effect_on_given_frames(video_processor):
     frames = random_frames(5)
     assert torch.equal(pixels_of(video_processor, frames, fps=0.1), reference(frames))
 
@@ -119,7 +119,7 @@ def test_no_frame_of_a_long_film_is_left_out(video_processor, tmp_path):
 
 
 def test_center_crop(video_processor, tmp_path):
-    """To the shortest side, then the middle of it: of two square halves the border is in the middle."""
+    """The frame is resized by its shortest side and cropped: the border between its two halves is in the middle."""
     frames = np.zeros((2, 40, 80, 3), np.uint8)
     frames[:, :, 40:] = 255
     options = dict(size={"shortest_edge": 32}, do_center_crop=True, crop_size=SIZE)
@@ -182,7 +182,7 @@ def test_options_are_saved(tmp_path):
     assert (loaded.fps, dict(loaded.size)["height"]) == (2.0, 32)
 
 
-# What is refused
+# Errors
 
 NAN, TOO_BRIGHT, NEGATIVE = (np.full((3, 8, 8, 3), 0.5) for _ in range(3))
 NAN[1, 2, 3, 0] = math.nan
@@ -223,7 +223,7 @@ NEGATIVE[0] = -1
         pytest.param({"video": 1}, "must be a path, .*; got dict", id="dict"),
     ],
 )
-def test_what_is_no_video(video_processor, video, message):
+def test_values_that_are_no_video(video_processor, video, message):
     with pytest.raises(ValueError, match=message):
         video_processor(video)
 

@@ -1,4 +1,4 @@
-"""The video reader: which frame it shows when, how frames look, what it holds, and what it says about bad files."""
+"""The video reader: sampled frames, their pixels, memory, and errors for bad files."""
 
 import io
 import math
@@ -19,14 +19,14 @@ from video_files import index_frame, index_video_bytes, moving_frames, read_inde
 from transformers_ma2mba import video_reader
 from transformers_ma2mba.video_reader import VideoReadError, iter_frames, probe, read_video
 
-pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # no warning but those that are asked for
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # except warnings that a test expects
 
-STEPPED = dict(preset="veryfast", g=48)  # with B-frames, some of which other B-frames refer to
+STEPPED = dict(preset="veryfast", g=48)  # with B-frames as references of other B-frames
 RATES = [1, 2, 0.5, 3.7, 24, 60]
 
 
 def expected_indices(times, end, rate) -> list[int]:
-    """Which frame is on screen at 0, 1/rate, … before `end`, in exact arithmetic; frames appear at `times`."""
+    """The frame on screen at 0, 1/rate, … before `end`, in exact arithmetic; frames appear at `times`."""
     times, rate = [Fraction(time) for time in times], Fraction(str(rate))
     samples = [index / rate for index in range(math.ceil(Fraction(end) * rate))]
     return [max(0, bisect_right(times, sample) - 1) for sample in samples]
@@ -47,7 +47,7 @@ def film(tmp_path_factory):
     return path
 
 
-# Which frame is shown when
+# Sampling
 
 
 @pytest.mark.parametrize("rate", RATES)
@@ -72,7 +72,7 @@ def test_indices_at_a_variable_rate(tmp_path, suffix, rate):
     write_index_video(tmp_path / f"film.{suffix}", len(timestamps), timestamps=timestamps, preset="ultrafast")
     times = [Fraction(time, 1000) for time in timestamps]
     indices = read_indices(tmp_path / f"film.{suffix}", rate)
-    # How long the last frame stays is up to the container.
+    # The container decides how long the last frame stays.
     assert indices == expected_indices(times, Fraction(len(indices)) / Fraction(str(rate)), rate)
     assert 7.8 < len(indices) / rate < 8.9 + 1 / rate
 
@@ -103,11 +103,11 @@ def test_a_stream_without_timestamps_is_counted(tmp_path):
 @pytest.mark.parametrize("codec, tolerance", [("mpeg4", 0), ("libx264", 2)])
 def test_avi(tmp_path, codec, tolerance):
     write_index_video(tmp_path / "film.avi", 240, codec=codec)
-    # AVI stores the order of decoding only: with B-frames, times are off by as much as frames change places.
+    # AVI stores only the order of decoding, so that the times of B-frames are wrong by their change of places.
     np.testing.assert_allclose(read_indices(tmp_path / "film.avi", 1), range(0, 240, 24), atol=tolerance)
 
 
-def test_joined_recordings_go_on_at_the_old_size(tmp_path):
+def test_joined_recordings_keep_the_first_size(tmp_path):
     write_index_video(tmp_path / "one.ts", 60, **STEPPED)
     write_index_video(tmp_path / "two.ts", 60, height=96, width=144, **STEPPED)
     with open(tmp_path / "both.ts", "wb") as both:
@@ -129,8 +129,8 @@ def test_joined_recordings_go_on_at_the_old_size(tmp_path):
     ],
     ids=["b-frames", "no-pyramid", "open-gop", "no-b-frames", "10-bit", "hevc"],
 )
-def test_what_is_left_out_changes_no_pixel(tmp_path, options):
-    """Against decoding every frame with plain PyAV."""
+def test_skipped_frames_change_no_pixel(tmp_path, options):
+    """The sampled frames equal those of plain PyAV, which decodes every frame."""
     path = tmp_path / "film.mkv"
     write_video(path, moving_frames(130), **options)
     with av.open(str(path)) as container:
@@ -148,7 +148,7 @@ def test_same_frames_as_the_loader_of_transformers(film):
     assert np.array_equal(frames, stock)
 
 
-# How frames look
+# Pixels
 
 
 @pytest.mark.parametrize("hflip", [False, True], ids=["", "mirrored"])
@@ -194,7 +194,7 @@ def test_other_codecs(tmp_path, suffix, codec):
     assert read_indices(tmp_path / f"film.{suffix}", 8) == list(range(0, 30, 3))
 
 
-def test_frames_are_contiguous_and_can_be_written_to(tmp_path):
+def test_frames_are_contiguous_and_writable(tmp_path):
     write_index_video(tmp_path / "film.mp4", 3, rotation=90)
     ((time, frame),) = iter_frames(tmp_path / "film.mp4")
     assert time == 0
@@ -205,7 +205,7 @@ def test_probe(film):
     assert vars(probe(film)) == dict(width=96, height=64, duration=10.0, average_rate=24.0, rotation=0, codec="h264")
 
 
-# What is converted, transformed and held
+# Conversion, transform and memory
 
 
 def test_transform_sees_each_kept_frame_once(tmp_path):
@@ -217,7 +217,7 @@ def test_transform_sees_each_kept_frame_once(tmp_path):
         return frame[::2, ::2, 0].astype(np.float32)
 
     frames, timestamps = read_video(tmp_path / "film.mp4", 1, shrink)
-    assert seen == [0, 2]  # the latter is on screen at 1, 2 and 3 seconds
+    assert seen == [0, 2]  # frame 2 is on screen at 1, 2 and 3 seconds
     assert frames.shape == (4, 32, 48) and frames.dtype == np.float32
     assert np.array_equal(frames[1], frames[2]) and np.array_equal(frames[1], frames[3])
     assert timestamps.tolist() == [0, 1, 2, 3]
@@ -240,12 +240,12 @@ def test_only_kept_frames_are_converted(film, monkeypatch):
 
 
 def test_hidden_frames_are_not_decoded(film):
-    """Those that other frames depend on are, and those about to be shown."""
+    """Frames that other frames depend on, and frames about to be shown, are decoded."""
     with video_reader._open(film) as opened:
         assert 10 < sum(1 for _ in opened.frames(1.0)) < 180
 
 
-def test_an_error_in_transform_is_passed_on_as_it_is(film):
+def test_an_error_in_transform_is_passed_on_unchanged(film):
     error = ValueError("mine")
 
     def fail(frame):
@@ -267,7 +267,7 @@ def test_transform_must_return_one_shape(film):
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "h264"], ids=["length-known", "length-unknown"])
-def test_memory_is_that_of_the_pixels(tmp_path, suffix):
+def test_memory_is_that_of_the_array(tmp_path, suffix):
     write_index_video(tmp_path / f"film.{suffix}", 900, preset="ultrafast")
     tracemalloc.start()
     try:
@@ -293,7 +293,7 @@ def test_closing_the_generator_early_closes_the_file(film):
     assert not is_open()
 
 
-# Where films come from
+# Sources
 
 
 @pytest.mark.parametrize("kind", ["str", "path", "bytes", "file", "memory", "pipe", "url"])
@@ -332,7 +332,7 @@ def test_names_that_look_like_protocols(film, tmp_path, monkeypatch):
     assert len(read_video("talk: part 1.mp4")[0]) == 10
 
 
-def test_sound_and_cover_pictures_are_left_alone(tmp_path):
+def test_sound_and_cover_pictures_are_ignored(tmp_path):
     write_index_video(tmp_path / "sound.mkv", 48, with_sound=5.0)
     write_index_video(tmp_path / "cover.mp4", 48, cover=True)
     assert read_indices(tmp_path / "sound.mkv", 1) == [0, 24]
@@ -344,7 +344,7 @@ def test_sound_and_cover_pictures_are_left_alone(tmp_path):
 
 @pytest.fixture
 def progress_bars():
-    """Turns on Transformers' switch for progress bars, whatever else the session does with it."""
+    """Turns on the progress bars of Transformers for a test."""
     was_enabled = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.enable_progress_bar()
     yield
@@ -354,7 +354,7 @@ def progress_bars():
 
 @pytest.mark.parametrize("progress, shown", [(True, True), (False, False), (None, False)])
 def test_progress_bar(film, capsys, progress_bars, progress, shown):
-    """By default it waits for two seconds, which this film does not take."""
+    """By default a bar appears after two seconds, and reading this film takes less."""
     read_video(film, progress=progress)
     assert ("film.mp4" in capsys.readouterr().err) is shown
 
@@ -386,7 +386,7 @@ def test_missing_file(read, tmp_path):
 
 
 @pytest.mark.parametrize("source", [12, None, ["a.mp4"], io.StringIO("text")])
-def test_what_is_no_source(source):
+def test_values_that_are_no_source(source):
     with pytest.raises(TypeError, match="must be a path, a URL, bytes, or a file opened in binary mode; got <"):
         read_video(source)
 
@@ -430,7 +430,7 @@ def bad_cover(path):
 
 
 def bad_no_frame(path):
-    """Every packet is overwritten."""
+    """Writes a film and overwrites every packet."""
     write_index_video(path, 20)
     overwrite_packets(path, range(20))
 
@@ -478,7 +478,7 @@ def test_unreadable_bytes_and_addresses():
 
 @pytest.mark.parametrize("sound", [0.0, 10.0], ids=["silent", "with-sound"])
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
-def test_a_film_cut_off_is_read_as_far_as_it_goes(tmp_path, suffix, sound):
+def test_a_film_cut_short_is_read_up_to_the_cut(tmp_path, suffix, sound):
     path = tmp_path / f"film.{suffix}"
     write_video(path, moving_frames(240), faststart=suffix == "mp4", with_sound=sound, preset="veryfast")
     whole, _ = read_video(path, 2)
@@ -490,11 +490,11 @@ def test_a_film_cut_off_is_read_as_far_as_it_goes(tmp_path, suffix, sound):
         frames, timestamps = read_video(path, 2)
     assert len(caught) == 1
     assert 6 < len(frames) == len(timestamps) < 14
-    assert np.array_equal(frames[:-1], whole[: len(frames) - 1])  # before the last, B-frames may be missing
+    assert np.array_equal(frames[:-1], whole[: len(frames) - 1])  # B-frames before the last frame may be missing
 
 
-def test_a_broadcast_cut_off_is_read_as_far_as_it_goes(tmp_path):
-    """MPEG-TS keeps no total length, so there is nothing to warn about."""
+def test_a_broadcast_cut_short_is_read_up_to_the_cut(tmp_path):
+    """MPEG-TS stores no total length, so that no warning is possible."""
     path = tmp_path / "film.ts"
     write_video(path, moving_frames(240), preset="veryfast")
     whole, _ = read_video(path, 2)
@@ -504,7 +504,7 @@ def test_a_broadcast_cut_off_is_read_as_far_as_it_goes(tmp_path):
     assert np.array_equal(frames[:-1], whole[: len(frames) - 1])
 
 
-def test_a_stream_that_dies_midway(tmp_path):
+def test_a_source_that_fails_midway(tmp_path):
     write_video(tmp_path / "film.mkv", moving_frames(240), preset="veryfast")
     content = (tmp_path / "film.mkv").read_bytes()
 

@@ -1,4 +1,4 @@
-"""Watch once, ask many: a stream against the whole film at once, and what is left when something goes wrong."""
+"""Sessions: a stream equals the whole film at once, questions leave it unchanged, and failures keep what was seen."""
 
 import copy
 import re
@@ -12,6 +12,7 @@ import pytest
 import torch
 from double_precision import compute_in_double
 from PIL import Image
+from prompts import make_prompt
 from tiny import approximately, random_frames, tiny_config, tiny_model, tiny_processor
 from torch.testing import assert_close
 from transformers import AutoModel, GenerationConfig
@@ -36,7 +37,7 @@ FRAMES = random_frames(7, 48, 40)
 
 @pytest.fixture
 def session(model, processor):
-    """Makes sessions."""
+    """Returns a function that makes sessions."""
 
     def make(**options):
         return VideoSession(model, processor, **options)
@@ -46,19 +47,8 @@ def session(model, processor):
 
 @pytest.fixture
 def ask_about(session):
-    """What is answered about frames that were watched in one piece."""
+    """Returns a function that answers a question about frames watched in one piece."""
     return lambda frames, question="Why?": session(frames_per_piece=100).extend(frames).ask(question, **SHORT)
-
-
-def make_prompt(processor, frames, *turns) -> dict:
-    """The whole conversation with its video, tokenized by the chat template; the last turn is a question."""
-    messages = [
-        {"role": ("user", "assistant")[index % 2], "content": [{"type": "text", "text": text}]}
-        for index, text in enumerate(turns)
-    ]
-    messages[0]["content"].insert(0, {"type": "video", "video": frames})
-    options = dict(tokenize=True, return_dict=True, return_tensors="pt")
-    return processor.apply_chat_template(messages, add_generation_prompt=len(turns) % 2 == 1, **options)
 
 
 def close_states(actual, expected, **tolerances):
@@ -70,7 +60,6 @@ def close_states(actual, expected, **tolerances):
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_pieces_of_any_size_equal_one_forward_pass(processor, monkeypatch, kind):
-    """But for rounding in float64."""
     compute_in_double(monkeypatch)
     config = tiny_config(kind)
     model = tiny_model(config, dtype=torch.float64)
@@ -90,7 +79,7 @@ def test_pieces_of_any_size_equal_one_forward_pass(processor, monkeypatch, kind)
 
 
 def test_frames_of_one_token(monkeypatch):
-    """A piece of one token is what the model otherwise decodes."""
+    """The stock layer would take a piece of one token for a step of decoding."""
     compute_in_double(monkeypatch)
     config = tiny_config(spatial_pool_stride=4)
     model, processor = tiny_model(config, dtype=torch.float64), tiny_processor(config)
@@ -111,7 +100,7 @@ def test_answers_equal_plain_generate(session, model, processor):
         assert [entry["answer"] for entry in watched.ask(QUESTIONS, **SHORT)] == expected
 
 
-def test_questions_do_not_disturb_each_other(session):
+def test_questions_leave_the_session_unchanged(session):
     watched = session().extend(FRAMES)
     before = watched.state()
     first = watched.ask("Why?", **SHORT)
@@ -128,7 +117,7 @@ def test_questions_do_not_disturb_each_other(session):
 def test_a_batch_of_questions_equals_one_by_one(session, options):
     questions = [*QUESTIONS, *(f"Why {word}?" for word in CANDIDATES), "Why?"]
     lengths = [len(session().processor.tokenizer(question)["input_ids"]) for question in questions]
-    assert len(set(lengths)) < len(lengths)  # some go together
+    assert len(set(lengths)) < len(lengths)  # some questions form a batch
     watched = session().extend(FRAMES)
     one_by_one = [watched.ask(question, **SHORT, **options) for question in questions]
     assert watched.ask(questions, **SHORT, **options) == approximately(one_by_one)
@@ -142,7 +131,7 @@ def test_a_batch_of_questions_with_candidates(session):
     assert len(watched.ask("Why?", candidates=many)) == 40
 
 
-def test_answers_have_128_tokens_at_most_unless_asked_for(session, monkeypatch):
+def test_answers_have_at_most_128_tokens_by_default(session, monkeypatch):
     watched = session().extend(FRAMES)
     seen = []
     generate = watched.model.generate
@@ -171,8 +160,8 @@ def test_films_in_lockstep_equal_one_by_one(session, sizes):
 # A conversation
 
 
-def test_a_conversation_is_what_the_chat_template_makes_of_it(session, processor, monkeypatch):
-    """Token for token: what the model is given is recorded."""
+def test_a_conversation_equals_the_chat_template(session, processor, monkeypatch):
+    """Token for token: the test records the input of the model."""
     watched = session(frames_per_piece=100).extend(FRAMES)
     heard, turns = [], []
     chat = watched.chat()
@@ -190,7 +179,7 @@ def test_a_conversation_is_what_the_chat_template_makes_of_it(session, processor
         beginning = len(whole) - whole[::-1].index(processor.video_token_id)
         assert heard == whole[beginning:]
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 3
-    assert watched.ask("Why?", **SHORT) == watched.chat().ask("Why?", **SHORT)  # without what was said elsewhere
+    assert watched.ask("Why?", **SHORT) == watched.chat().ask("Why?", **SHORT)  # without the other conversation
 
 
 def test_a_question_that_fails_is_not_remembered(session):
@@ -227,7 +216,7 @@ def test_frames_of_any_kind(session, ask_about, form):
     assert watched.ask("Why?", **SHORT) == approximately(ask_about(FRAMES))
 
 
-def test_files_and_frames_one_after_the_other(session, ask_about, film):
+def test_files_and_frames_in_turn(session, ask_about, film):
     frames, _ = read_video(film)
     both = np.concatenate([frames, frames[:2]])
     watched = session().extend(film).extend(frames[:2])
@@ -249,8 +238,8 @@ def test_a_camera_that_writes_into_the_same_memory(session, ask_about):
 
 @pytest.mark.parametrize("fps", [0.5, 1.0, 3.0, 4.0])
 @pytest.mark.parametrize("start", [0.0, 1.7e9])
-def test_times_are_sampled_as_a_file_is(session, film, fps, start):
-    """Frames of the film at its own rate, with the film's times, against the film."""
+def test_timed_frames_are_sampled_like_a_file(session, film, fps, start):
+    """The frames of a film with their times equal the film."""
     timed = ((start + seconds, frame) for seconds, frame in iter_frames(film, 4.0))
     watched = session(fps=fps).extend(timed)
     expected = session(fps=fps).extend(film)
@@ -264,17 +253,17 @@ def test_a_frame_stays_on_screen_until_the_next(session, ask_about):
     timed = list(zip(times, FRAMES, strict=False))
     expected = approximately(ask_about(FRAMES[seen]))
     assert session().extend(timed).ask("Why?", **SHORT) == expected
-    for cut in range(1, 5):  # it goes on from call to call
+    for cut in range(1, 5):  # the times continue from call to call
         watched = session().extend(timed[:cut])
         watched.ask("Where?", **SHORT)
         assert watched.extend(iter(timed[cut:])).ask("Why?", **SHORT) == expected
-    # Frames without times put an end to it, and times begin again.
+    # After frames without times, the times begin again.
     watched = session().extend(timed[:3]).extend(FRAMES[:1]).extend(timed[:3])
     assert watched.ask("Why?", **SHORT) == approximately(ask_about(FRAMES[[0, 2, 0, 0, 2]]))
 
 
 def test_memory_does_not_grow(session, monkeypatch):
-    """No more than a piece of the frames is alive at any time."""
+    """Only one piece of the frames is alive at any time."""
     alive, most = weakref.WeakSet(), 0
 
     class Frame(np.ndarray):
@@ -303,7 +292,7 @@ def test_memory_does_not_grow(session, monkeypatch):
 
 
 class LiveStream:
-    """Frames that come when the test says so; gives them to a session that watches in a thread."""
+    """A stream that waits for the test before each frame, watched by a session in a thread."""
 
     def __init__(self, watched, frames, **options):
         self.asked, self.given = threading.Semaphore(0), threading.Semaphore(0)
@@ -312,7 +301,7 @@ class LiveStream:
 
     def stream(self, frames):
         for frame in frames:
-            self.asked.release()  # all that came before has been seen
+            self.asked.release()  # the session has seen all frames before this one
             self.given.acquire()
             yield frame
         self.asked.release()
@@ -330,7 +319,7 @@ class LiveStream:
 
 @pytest.mark.parametrize("timed", [False, True], ids=["frames", "pairs"])
 def test_questions_while_frames_arrive(session, ask_about, timed):
-    """Are answered about a film that was cut there."""
+    """The answers equal those about a film that ends there."""
     stream = LiveStream(session(), [*enumerate(FRAMES)] if timed else FRAMES)
     watched = stream.watched
     with pytest.raises(ValueError, match="Nothing watched yet"):
@@ -353,16 +342,16 @@ def test_questions_while_frames_arrive(session, ask_about, timed):
     assert watched.extend(FRAMES).ask("Why?", **SHORT) == expected
 
 
-def test_a_stream_that_stalls_can_be_left(session, ask_about):
+def test_a_stream_can_be_stopped(session, ask_about):
     stream = LiveStream(session(), FRAMES)
     stream.give(3)
     stream.watched.stop()
-    stream.given.release()  # one more, and the thread ends
+    stream.given.release()  # the thread ends after one more frame
     assert stream.watched.wait(60)
     assert stream.watched.ask("Why?", **SHORT) == approximately(ask_about(FRAMES[:4]))
 
 
-def test_a_thread_that_fails_says_so_when_waited_for(session, ask_about):
+def test_wait_raises_the_error_of_a_thread(session, ask_about):
     def broken():
         yield from FRAMES[:3]
         raise OSError("connection lost")
@@ -373,8 +362,7 @@ def test_a_thread_that_fails_says_so_when_waited_for(session, ask_about):
     assert watched.ask("Why?", **SHORT) == approximately(ask_about(FRAMES[:3]))
 
 
-def test_threads_that_ask_the_same_session(session, ask_about):
-    """While it is extended, too."""
+def test_threads_that_ask_a_session_while_it_is_extended(session, ask_about):
     stream = LiveStream(session(), FRAMES)
     stream.give(5)
     expected = {question: approximately(ask_about(FRAMES[:5], question)) for question in QUESTIONS}
@@ -395,7 +383,7 @@ def test_threads_that_ask_the_same_session(session, ask_about):
     assert stream.watched.ask("Why?", **SHORT) == approximately(ask_about(FRAMES))
 
 
-# What goes wrong
+# Failures
 
 
 def broken_streams():
@@ -413,7 +401,7 @@ def broken_streams():
         times,
         "Frame 2 of the list is at 1.25 seconds, but the one before it was at 1.5: times must not",
         [0, 0],
-    )  # at 0 and 1
+    )  # at 0 and 1 seconds
     yield "nan-time", [(0, FRAMES[0]), (float("nan"), FRAMES[1])], "Frame 1 of the list is at nan seconds", [0]
     yield "no-time", [(0, FRAMES[0]), FRAMES[1]], "Frame 1 of the list has no time, but those before it had", [0]
     yield "a-time", [FRAMES[0], (1, FRAMES[1])], "Frame 1 of the list has a time, but those before it had none", [0]
@@ -426,7 +414,7 @@ def broken_streams():
 @pytest.mark.parametrize(
     ("items", "message", "kept"), [pytest.param(*rest, id=name) for name, *rest in broken_streams()]
 )
-def test_what_came_before_a_bad_frame_is_kept(session, ask_about, items, message, kept):
+def test_frames_before_a_bad_frame_are_kept(session, ask_about, items, message, kept):
     watched = session()
     with pytest.raises(VideoStreamError, match=message) as error:
         watched.extend(items)
@@ -453,7 +441,7 @@ def test_a_stream_that_fails_before_its_first_frame(session):
             ask()
 
 
-def test_ctrl_c_keeps_what_was_seen(session, ask_about):
+def test_ctrl_c_keeps_the_frames_seen(session, ask_about):
     def interrupted(frames):
         yield from frames
         raise KeyboardInterrupt
@@ -472,7 +460,7 @@ def test_ctrl_c_keeps_what_was_seen(session, ask_about):
 
 @pytest.mark.parametrize("moment", range(6))
 def test_ctrl_c_in_the_middle_of_the_model(session, ask_about, monkeypatch, moment):
-    """Some layers have gone on and others not: the piece is gone through again."""
+    """An interrupted piece goes through all layers again, although some had finished it."""
     watched = session()
     calls = 0
     layer = watched.model.model.language_model.layers[moment % 2]
@@ -526,13 +514,13 @@ def test_bad_options(session, options, message):
 @pytest.mark.parametrize(
     "video", [12, None, {"a": 1}, FRAMES[0], FRAMES[:0], object()], ids=lambda v: type(v).__name__
 )
-def test_what_is_no_video(session, video):
+def test_values_that_are_no_video(session, video):
     with pytest.raises(ValueError, match="A video must be|Frames must have shape|at least one frame"):
         session().extend(video)
 
 
 def test_format_and_options_reach_ffmpeg(session, tmp_path):
-    """Bare pixels, which no file says the size of."""
+    """A file of bare pixels does not state their size."""
     path = tmp_path / "film.raw"
     path.write_bytes(FRAMES.tobytes())
     options = {"video_size": "40x48", "pixel_format": "rgb24", "framerate": "1"}
@@ -545,7 +533,7 @@ def test_format_and_options_reach_ffmpeg(session, tmp_path):
 # Files
 
 
-def test_a_resumed_session_goes_on_bit_for_bit(session, model, processor, tmp_path):
+def test_a_resumed_session_continues_bit_for_bit(session, model, processor, tmp_path):
     path = tmp_path / "film.safetensors"
     timed = list(zip([0.0, 0.4, 1.0, 1.9, 4.2, 5.0], FRAMES, strict=False))
     for frames, more in ((FRAMES[:4], FRAMES[4:]), (timed[:4], timed[4:])):
@@ -595,7 +583,7 @@ def test_files_of_short_and_long_films_are_equally_large(session, tmp_path):
         session().extend(frames).save(tmp_path / name)
         sizes.append((tmp_path / name).stat().st_size)
     watched = session().extend(FRAMES)
-    watched._film._memory = watched._film._memory._replace(num_frames=7200 * 24)  # as if
+    watched._film._memory = watched._film._memory._replace(num_frames=7200 * 24)
     watched.save(tmp_path / "hours")
     assert set(sizes) == {(tmp_path / "hours").stat().st_size}
 
@@ -603,7 +591,7 @@ def test_files_of_short_and_long_films_are_equally_large(session, tmp_path):
 def test_another_checkpoint_is_refused_by_name(session, processor, config, qa, tmp_path):
     path = tmp_path / "film.safetensors"
     session().extend(FRAMES).save(path)
-    assert qa.resume(path).num_frames == 7  # the same model, which was saved and loaded in between
+    assert qa.resume(path).num_frames == 7  # the pipeline loaded the same weights from a checkpoint
     other = tiny_model(config, seed=1)
     other.name_or_path = "path/other"
     with pytest.raises(StateFileError, match=r"film.safetensors was made by .* and cannot be resumed with path/other"):
@@ -616,7 +604,7 @@ def test_another_checkpoint_is_refused_by_name(session, processor, config, qa, t
 
 
 def test_a_damaged_file_is_refused(session, model, processor, tmp_path):
-    """In detail this is tested with recurrent states."""
+    """See test_state_file.py for other kinds of damage."""
     path = tmp_path / "film.safetensors"
     session().extend(FRAMES).save(path)
     path.write_bytes(path.read_bytes()[:-5])
@@ -624,7 +612,7 @@ def test_a_damaged_file_is_refused(session, model, processor, tmp_path):
         VideoSession.resume(path, model, processor)
 
 
-# The model's side
+# Models on other devices and with other dtypes
 
 
 def test_bfloat16(processor, config, tmp_path):
@@ -637,7 +625,7 @@ def test_bfloat16(processor, config, tmp_path):
 
 
 def test_a_device_map(checkpoint, processor, session, tmp_path):
-    """Layers on several devices, as far as one machine has them: the hooks move what goes between."""
+    """The CPU stands for several devices, between which the hooks of accelerate move tensors."""
     parts = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "model.language_model": "cpu"}
     model = AutoModel.from_pretrained(checkpoint, device_map={**parts, "lm_head": "cpu"})
     watched = VideoSession(model, processor).extend(FRAMES)
@@ -670,7 +658,7 @@ def test_a_bar_with_seconds_tokens_and_speed(session, film, capsys):
 
 
 def test_a_connection_that_stalls(session, film):
-    """With a timeout the film ends there, with a warning; half of it had been sent."""
+    """With a timeout the film ends where the connection stalls, with a warning."""
     data = index_video_bytes(400, "mpegts", fps=4, preset="ultrafast")
     server, done = socket.create_server(("127.0.0.1", 0)), threading.Event()
 
@@ -693,7 +681,7 @@ def test_a_connection_that_stalls(session, film):
     assert watched.ask("Why?", **SHORT)["answer"]
 
 
-def test_layers_that_would_share_a_place_in_the_state_are_refused(model, processor):
+def test_layers_that_share_a_place_in_the_cache_are_refused(model, processor):
     model = copy.deepcopy(model)
     layers = model.model.language_model.layers
     layers.append(copy.deepcopy(layers[0]))

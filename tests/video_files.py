@@ -1,4 +1,4 @@
-"""Small films for tests, among them ones whose every frame shows its own number."""
+"""Small films for tests, also films whose frames show their own numbers."""
 
 import io
 import itertools
@@ -31,16 +31,16 @@ def write_video(
     """Writes a film, in the container that the path's suffix or `file_format` names.
 
     Args:
-        path: where to, a path or a binary file object.
+        path: a path or a binary file object to write to.
         frames: each (height, width, 3) uint8 RGB, or (height, width) uint8 with `pixel_format="gray"`.
         fps: frames per second.
         timestamps: when each frame is shown, in milliseconds, in place of every 1/fps seconds.
         start: when the first frame is shown, in seconds.
         sample_aspect_ratio: width over height of a pixel.
-        rotation, hflip: counter-clockwise degrees, and mirroring after that, which a player is to apply.
+        rotation, hflip: counter-clockwise degrees, and then mirroring, that a player has to apply.
         faststart: whether an MP4's index comes first, so that the start of the file can be played without the rest.
-        with_sound: seconds of silence to go with the film.
-        cover: whether a larger picture goes with the file, as its cover.
+        with_sound: seconds of silence in the film.
+        cover: whether the file has a larger picture as its cover.
         options: for the encoder.
     """
     rate = Fraction(fps).limit_denominator(1001)
@@ -61,8 +61,8 @@ def write_video(
         if rotation or hflip:
             stream.set_display_rotation(rotation, hflip=hflip)
         sound = container.add_stream("aac", rate=8000, layout="mono") if with_sound else None
-        pieces = _silence(with_sound)
-        piece = next(pieces, None)
+        silence = _silence(with_sound)
+        sound_frame = next(silence, None)
         if cover:
             container.mux(picture.encode(av.VideoFrame(640, 480, "yuvj420p")) + picture.encode())
         for index, pixels in enumerate(itertools.chain([first], frames)):
@@ -70,27 +70,27 @@ def write_video(
             frame.pts = round(start / tick) + (index if timestamps is None else timestamps[index])
             frame.time_base = tick
             container.mux(stream.encode(frame))
-            while piece is not None and piece.time < frame.time:  # by turns, so that a cut loses both
-                container.mux(sound.encode(piece))
-                piece = next(pieces, None)
+            while sound_frame is not None and sound_frame.time < frame.time:  # in turn, so that a cut loses both
+                container.mux(sound.encode(sound_frame))
+                sound_frame = next(silence, None)
         container.mux(stream.encode())
-        while piece is not None:
-            container.mux(sound.encode(piece))
-            piece = next(pieces, None)
+        while sound_frame is not None:
+            container.mux(sound.encode(sound_frame))
+            sound_frame = next(silence, None)
         if sound is not None:
             container.mux(sound.encode())
 
 
 def _silence(seconds: float):
-    """Yields frames of no sound."""
+    """Yields audio frames of silence."""
     for start in range(0, int(seconds * 8000), 1024):
-        piece = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        piece.rate, piece.pts, piece.time_base = 8000, start, Fraction(1, 8000)
-        yield piece
+        sound_frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound_frame.rate, sound_frame.pts, sound_frame.time_base = 8000, start, Fraction(1, 8000)
+        yield sound_frame
 
 
 def index_frame(index: int, height=64, width=96) -> np.ndarray:
-    """A (height, width, 3) picture of a number below 1024, in blocks of black and white that compression spares."""
+    """A (height, width, 3) picture of a number below 1024, in black and white blocks that survive compression."""
     frame = np.full((height, width, 3), 96, np.uint8)
     for bit in range(BITS):
         row, column = BLOCK * (bit // COLUMNS), BLOCK * (bit % COLUMNS)
@@ -99,7 +99,7 @@ def index_frame(index: int, height=64, width=96) -> np.ndarray:
 
 
 def read_index(frame: np.ndarray) -> int:
-    """The number that an `index_frame` shows."""
+    """Reads the number in an `index_frame`."""
     half = BLOCK // 2
     index = 0
     for bit in range(BITS):
@@ -114,14 +114,14 @@ def write_index_video(path, num_frames: int, height=64, width=96, **options):
 
 
 def index_video_bytes(num_frames: int, file_format="mp4", **options) -> bytes:
-    """The bytes of the file that `write_index_video` writes."""
+    """Returns the bytes of the file that `write_index_video` writes."""
     file = io.BytesIO()
     write_index_video(file, num_frames, file_format=file_format, **options)
     return file.getvalue()
 
 
 def moving_frames(num_frames: int, height=96, width=160, seed=0):
-    """Yields pictures in motion over a noisy background, of which no two are alike."""
+    """Yields pictures of a moving, noisy background; no two are equal."""
     generator = np.random.default_rng(seed)
     background = generator.integers(0, 256, (height, width + 2 * num_frames, 3), np.uint8)
     background = background // 2 + 64 + generator.integers(0, 60, (height // 8, 1, 1), np.uint8).repeat(8, 0)

@@ -111,7 +111,7 @@ class VideoSession:
     # Watching
 
     def extend(self, video: Any, progress: bool | None = None, background: bool = False, **open_options):
-        """Watches more.
+        """Watches a film, or more of it.
 
         Files, URLs and devices are sampled at `frame_rate` from their beginning. A frame without a time is one sample.
         Of pairs of seconds and a frame, each frame stays on screen until the time of the next, and the session takes a
@@ -155,7 +155,7 @@ class VideoSession:
         self._watch(self._open(video), progress)
 
     def _open(self, video: Any, **open_options) -> VideoStream:
-        """Opens a stream that `_watch` must follow to its end."""
+        """Opens a stream, after which the session counts as watching until `_watch` has ended."""
         stream = VideoStream(video, self.frame_rate, self._fit, **open_options)
         with self._film.lock:
             if self.is_watching:
@@ -199,7 +199,7 @@ class VideoSession:
         return True
 
     def stop(self):
-        """Makes a thread that is watching end after the next frame of its stream."""
+        """Stops watching in a thread after the next frame of its stream."""
         self._stop = self.is_watching
 
     def _take_all(self, stream: VideoStream) -> Iterator[None]:
