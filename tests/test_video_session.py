@@ -285,7 +285,7 @@ def test_memory_does_not_grow(session, monkeypatch):
     watched.extend(stream())
     assert sizes == [4] * 15
     assert most <= 6
-    assert watched._film._memory.window == ()
+    assert watched._film.memory.window == ()
 
 
 # While frames arrive
@@ -583,7 +583,7 @@ def test_files_of_short_and_long_films_are_equally_large(session, tmp_path):
         session().extend(frames).save(tmp_path / name)
         sizes.append((tmp_path / name).stat().st_size)
     watched = session().extend(FRAMES)
-    watched._film._memory = watched._film._memory._replace(num_frames=7200 * 24)
+    watched._film.memory = watched._film.memory._replace(num_frames=7200 * 24)
     watched.save(tmp_path / "hours")
     assert set(sizes) == {(tmp_path / "hours").stat().st_size}
 

@@ -244,6 +244,3 @@ def checked_candidates(candidates) -> list[str] | None:
 
 def _is_text(value) -> bool:
     return isinstance(value, str) and bool(value.strip())
-
-
-__all__ = ["Answerer", "VideoChat", "beginning_tokens", "checked_candidates", "checked_questions"]

@@ -38,6 +38,3 @@ class Clock(NamedTuple):
     def show(self, seconds: float, picture: Picture) -> "Clock":
         """The clock after the next frame has appeared on screen."""
         return self._replace(latest=seconds, on_screen=picture)
-
-
-__all__ = ["Clock"]

@@ -151,16 +151,3 @@ def _as_uint8(frames: torch.Tensor) -> torch.Tensor:
             "give values from 0 to 255 as uint8."
         )
     return (frames * 255).round().to(torch.uint8)
-
-
-__all__ = [
-    "FittedFrames",
-    "Picture",
-    "as_list_of_videos",
-    "frames_to_tensor",
-    "is_array",
-    "is_frame",
-    "is_list_of_films",
-    "is_timed_frame",
-    "is_video_file",
-]

@@ -19,6 +19,7 @@ from transformers import Cache
 from .clock import Clock
 from .frames import Picture
 from .recurrent_state import LayerState, empty_cache, read_state, write_state
+from .watched_film import Memory
 
 _FORMAT = "transformers_ma2mba state"
 _VERSION = "1"
@@ -44,29 +45,20 @@ class StateFileError(ValueError):
 # Films
 
 
-def save_film(
-    path: str | os.PathLike,
-    model,
-    prompt_beginning: Sequence[int],
-    cache: Cache,
-    num_frames: int,
-    frame_rate: float,
-    clock: Clock | None,
-):
+def save_film(path: str | os.PathLike, model, prompt_beginning: Sequence[int], frame_rate: float, memory: Memory):
     """Saves a film; its file has the same size for every film.
 
     Args:
         path: the file to write.
         model ([`Ma2mbaForVideoQA`]): the model that watched the film.
         prompt_beginning: the tokens of every prompt up to its video.
-        cache: the state after all frames.
-        num_frames: the number of frames sampled.
         frame_rate: samples per second of film.
-        clock: the clock of a stream with times, which may go on.
+        memory: the film so far, without frames that wait for the model.
 
     Raises:
         FileNotFoundError: if the directory does not exist.
     """
+    cache, num_frames, clock, _ = memory
     side = model.config.vision_config.image_size
     metadata = {
         "frames": _fixed_width(num_frames),
@@ -83,13 +75,8 @@ def save_film(
     save_state_file(path, {**cache_to_tensors(cache), "on_screen": on_screen}, metadata)
 
 
-def load_film(
-    path: str | os.PathLike, model, prompt_beginning: Sequence[int]
-) -> tuple[Cache, int, float, Clock | None]:
-    """Loads a film that [`save_film`] wrote; model and beginning must be the same as then.
-
-    Returns:
-        The state, the number of frames, the frame rate and the clock.
+def load_film(path: str | os.PathLike, model, prompt_beginning: Sequence[int]) -> tuple[float, Memory]:
+    """Loads the frame rate and the memory that [`save_film`] wrote; model and beginning must be the same as then.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -108,7 +95,7 @@ def load_film(
             num_samples = num_frames - int(metadata["clock_first_sample"])
             times = float(metadata["clock_origin"]), float(metadata["clock_latest"])
             clock = Clock(frame_rate, *times, Picture(tensors["on_screen"]), num_samples)
-        return cache_from_tensors(tensors, _layer_devices(model)), num_frames, frame_rate, clock
+        return frame_rate, Memory(cache_from_tensors(tensors, _layer_devices(model)), num_frames, clock)
     except KeyError as error:
         raise StateFileError(f"{os.fspath(path)} is no film's state: it has no {error}.") from error
 
@@ -307,17 +294,3 @@ def _without_settings(config):
         for name, value in config.items()
         if name not in _SETTINGS and not str(name).startswith("_")
     }
-
-
-__all__ = [
-    "StateFileError",
-    "cache_from_tensors",
-    "cache_to_tensors",
-    "describe_model",
-    "is_same_model",
-    "load_film",
-    "load_state_file",
-    "name_model",
-    "save_film",
-    "save_state_file",
-]

@@ -1,9 +1,7 @@
 """The video processor: videos in any form to uint8 frames of the vision encoder's size."""
 
-import math
 from collections.abc import Callable
 from functools import partial
-from numbers import Real
 
 import torch
 from transformers.image_processing_utils import BatchFeature
@@ -13,7 +11,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from .frames import FittedFrames, as_list_of_videos, frames_to_tensor, is_video_file
-from .video_reader import read_video
+from .video_reader import checked_frame_rate, read_video
 
 
 class Ma2mbaVideosKwargs(VideosKwargs, total=False):
@@ -77,8 +75,7 @@ class Ma2mbaVideoProcessor(BaseVideoProcessor):
         if kwargs.get("num_frames") is not None:
             raise ValueError("num_frames is not supported: every second counts. Set `fps` to look more or less often.")
         options = self._options(**kwargs)
-        if not (isinstance(options["fps"], Real) and 0 < options["fps"] < math.inf):
-            raise ValueError(f"fps must be a finite number of frames per second above 0; got {options['fps']!r}.")
+        checked_frame_rate(options["fps"], "fps")
 
         clips, metadata = [], []
         for video in as_list_of_videos(videos):

@@ -103,7 +103,7 @@ def iter_frames(
     Warns:
         UserWarning: if the film ends earlier than its file states, or damaged packets were skipped.
     """
-    frame_rate = _checked_frame_rate(frame_rate)
+    frame_rate = checked_frame_rate(frame_rate)
 
     def frames():
         with _open(source, format, options, timeout) as film:
@@ -128,18 +128,11 @@ def read_video(
     Raises:
         ValueError: if `transform` returns different shapes; for other errors and warnings see `iter_frames`.
     """
-    frame_rate = _checked_frame_rate(frame_rate)
+    frame_rate = checked_frame_rate(frame_rate)
     num_frames = 0
     with _open(source) as film:
         seconds = film.duration or 0
-        bar = tqdm(
-            desc=os.path.basename(film.name),
-            total=round(seconds) or None,
-            unit="s",
-            delay=0 if progress else 2,
-            disable=progress is False,
-        )
-        with bar:
+        with progress_bar(os.path.basename(film.name), seconds, progress) as bar:
             for time, frame in _sample(film, frame_rate, transform):
                 frame = np.asarray(frame)
                 if num_frames == 0:
@@ -159,6 +152,17 @@ def read_video(
                 bar.update(int(time) - int(max(0.0, time - 1 / frame_rate)))
     frames.resize((num_frames, *frames.shape[1:]), refcheck=False)
     return frames, np.arange(num_frames) / frame_rate
+
+
+def progress_bar(name: str, seconds: float | None, progress: bool | None):
+    """A bar in seconds of film.
+
+    Args:
+        seconds: the length of the film, or None.
+        progress: whether to show the bar; None shows it after two seconds.
+    """
+    total = round(seconds or 0) or None
+    return tqdm(desc=name, total=total, unit="s", delay=0 if progress else 2, disable=progress is False)
 
 
 def _sample(film: "_Film", frame_rate: float, transform: Transform | None) -> Iterator[tuple[float, np.ndarray]]:
@@ -385,7 +389,12 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _checked_frame_rate(frame_rate: float) -> float:
+def checked_frame_rate(frame_rate: float, name: str = "frame_rate") -> float:
+    """Returns a frame rate as a float.
+
+    Raises:
+        ValueError: if it is not a finite number above 0; the message calls it `name`.
+    """
     if not isinstance(frame_rate, Real) or not 0 < frame_rate < math.inf:
-        raise ValueError(f"frame_rate must be a finite number of frames per second above 0; got {frame_rate!r}.")
+        raise ValueError(f"{name} must be a finite number of frames per second above 0; got {frame_rate!r}.")
     return float(frame_rate)

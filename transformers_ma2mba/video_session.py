@@ -4,12 +4,11 @@ Decoding, resizing, vision tower, projector and language model work on a few fra
 copies of the state, so that each costs only its own tokens.
 """
 
-import math
+import contextlib
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ from transformers import Cache
 from .answering import Answerer, VideoChat, beginning_tokens
 from .recurrent_state import cache_layers_of, copy_cache, empty_cache
 from .state_file import load_film, save_film
-from .video_reader import VideoReadError
+from .video_reader import VideoReadError, checked_frame_rate
 from .video_stream import VideoStream
-from .watched_film import WatchedFilm, feed, watch_in_lockstep
+from .watched_film import Memory, WatchedFilm, watch_in_lockstep
 
 
 class VideoStreamError(VideoReadError):
@@ -65,16 +64,13 @@ class VideoSession:
         frames_per_piece: int | None = None,
         prepare_generate_kwargs: Callable[..., dict] | None = None,
     ):
-        fps = model.config.frame_rate if fps is None else fps
-        if not isinstance(fps, Real) or not 0 < fps < math.inf:
-            raise ValueError(f"fps must be a finite number of frames per second above 0; got {fps!r}.")
+        self.frame_rate = checked_frame_rate(model.config.frame_rate if fps is None else fps, "fps")
         if frames_per_piece is None:
             frames_per_piece = model.config.frames_per_vision_pass
         if not isinstance(frames_per_piece, int) or frames_per_piece < 1:
             raise ValueError(f"frames_per_piece must be a whole number above 0; got {frames_per_piece!r}.")
         processor.check_model_config(model.config)
-        self.model, self.processor, self.frame_rate = model, processor, float(fps)
-        self.frames_per_piece = frames_per_piece
+        self.model, self.processor, self.frames_per_piece = model, processor, frames_per_piece
         self._answerer = Answerer(model, processor, prepare_generate_kwargs)
         self._fit = processor.video_processor.frame_fitter()
         self._done = threading.Event()  # unset while a stream is watched
@@ -88,7 +84,8 @@ class VideoSession:
             input_ids = torch.tensor([self._beginning], device=model.device)
             with torch.no_grad():
                 model(input_ids=input_ids, cache_params=cache, use_cache=True, logits_to_keep=1)
-        self._film = WatchedFilm(model, processor.video_processor.frame_normalizer(), self.frame_rate, cache)
+        normalize = processor.video_processor.frame_normalizer()
+        self._film = WatchedFilm(model, normalize, self.frame_rate, Memory(cache))
 
     @property
     def num_frames(self) -> int:
@@ -142,12 +139,8 @@ class VideoSession:
             arguments = stream, bool(progress), True
             threading.Thread(target=self._watch, args=arguments, name=f"watching {stream.name}", daemon=True).start()
             return self
-        try:
+        with _ctrl_c_ends([self]):
             self._watch(stream, progress)
-        except KeyboardInterrupt:
-            if self.num_frames == 0:
-                raise
-            _warn_of_interruption([self])
         return self
 
     def watch(self, video: Any, progress: bool | None = None):
@@ -206,7 +199,7 @@ class VideoSession:
         """Takes the samples of a stream, and yields after each so that the caller may feed the model."""
         try:
             for seconds, picture in stream:
-                clock = self._film.clock
+                clock = self._film.memory.clock
                 if seconds is not None and clock is not None and seconds < clock.latest:
                     raise VideoReadError(
                         f"Frame {stream.num_frames - 1} of {stream.name} is at {seconds:.10g} seconds, but the one "
@@ -233,13 +226,13 @@ class VideoSession:
         Raises:
             ValueError: if nothing has been watched yet.
         """
-        with self._film.lock:
-            for _ in self._film.take_due():
-                pass
-            feed([self._film])
-            if self.num_frames == 0:
-                raise ValueError("Nothing watched yet: `extend` the session by a video before the first question.")
-            return copy_cache(self._film.cache)
+        return copy_cache(self._caught_up().cache)
+
+    def _caught_up(self) -> Memory:
+        memory = self._film.catch_up()
+        if memory.num_frames == 0:
+            raise ValueError("Nothing watched yet: `extend` the session by a video before the first question.")
+        return memory
 
     def ask(self, question: str | list[str], candidates: list[str] | None = None, **generate_kwargs):
         """Answers questions about the film so far, each independently of the others.
@@ -273,9 +266,7 @@ class VideoSession:
             ValueError: if nothing has been watched yet.
             FileNotFoundError: if the directory does not exist.
         """
-        with self._film.lock:
-            cache, num_frames, clock = self.state(), self.num_frames, self._film.clock
-        save_film(path, self.model, self._beginning, cache, num_frames, self.frame_rate, clock)
+        save_film(path, self.model, self._beginning, self.frame_rate, self._caught_up())
 
     @classmethod
     def resume(
@@ -292,9 +283,9 @@ class VideoSession:
             FileNotFoundError: if the file does not exist.
             StateFileError: if it has another format or version, is damaged, or belongs to another checkpoint.
         """
-        cache, num_frames, frame_rate, clock = load_film(path, model, beginning_tokens(processor))
+        frame_rate, memory = load_film(path, model, beginning_tokens(processor))
         session = cls(model, processor, frame_rate, frames_per_piece, prepare_generate_kwargs)
-        session._film = WatchedFilm(model, session._film.normalize, frame_rate, cache, num_frames, clock)
+        session._film.memory = memory
         return session
 
 
@@ -310,13 +301,9 @@ def watch_together(sessions: Sequence[VideoSession], videos: Iterable[Any], prog
     """
     streams = [VideoStream(video, s.frame_rate, s._fit) for s, video in zip(sessions, videos, strict=True)]
     samples = [_until_failure(s._take_all(stream)) for s, stream in zip(sessions, streams, strict=True)]
-    try:
-        piece = min(session.frames_per_piece for session in sessions)
+    piece = min(session.frames_per_piece for session in sessions)
+    with _ctrl_c_ends(sessions):
         watch_in_lockstep([session._film for session in sessions], streams, samples, piece, progress)
-    except KeyboardInterrupt:
-        if not any(session.num_frames for session in sessions):
-            raise
-        _warn_of_interruption(sessions)
 
 
 def _until_failure(samples: Iterator[None]) -> Iterator[None]:
@@ -327,11 +314,14 @@ def _until_failure(samples: Iterator[None]) -> Iterator[None]:
         yield from error.session._film.take_due()
 
 
-def _warn_of_interruption(sessions: Sequence[VideoSession]):
-    seen = ", ".join(f"{session.seconds:g}" for session in sessions)
-    warnings.warn(
-        f"Interrupted: watched up to second {seen}; ask about that much, or extend it.", UserWarning, stacklevel=4
-    )
-
-
-__all__ = ["VideoSession", "VideoStreamError", "watch_together"]
+@contextlib.contextmanager
+def _ctrl_c_ends(sessions: Sequence[VideoSession]):
+    """Turns Ctrl-C into a warning if any frame has been seen."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not any(session.num_frames for session in sessions):
+            raise
+        seen = ", ".join(f"{session.seconds:g}" for session in sessions)
+        message = f"Interrupted: watched up to second {seen}; ask about that much, or extend it."
+        warnings.warn(message, UserWarning, stacklevel=5)

@@ -129,6 +129,3 @@ class VideoStream:
             return frames_to_tensor(frame[None])[0].clone()
         except ValueError as error:
             raise VideoReadError(f"{error}".replace("Frame 0 ", f"Frame {index} ")) from error
-
-
-__all__ = ["VideoStream"]

@@ -13,15 +13,15 @@ from typing import NamedTuple
 
 import torch
 from transformers import Cache
-from transformers.utils.logging import tqdm
 
 from .clock import Clock
 from .frames import Picture
 from .recurrent_state import copy_cache, join_caches
+from .video_reader import progress_bar
 from .video_stream import VideoStream
 
 
-class _Memory(NamedTuple):
+class Memory(NamedTuple):
     """Everything that is known of a film, in one value: an interrupted step leaves the previous one."""
 
     cache: Cache
@@ -29,7 +29,7 @@ class _Memory(NamedTuple):
     clock: Clock | None = None  # of a stream with times
     window: tuple[torch.Tensor, ...] = ()  # frames that wait for the model, each (3, height, width)
 
-    def add(self, pixels: torch.Tensor, clock: Clock | None) -> "_Memory":
+    def add(self, pixels: torch.Tensor, clock: Clock | None) -> "Memory":
         """The memory after one more sample."""
         return self._replace(window=(*self.window, pixels), clock=clock)
 
@@ -41,37 +41,17 @@ class WatchedFilm:
         model ([`Ma2mbaForVideoQA`]): the model.
         normalize: turns uint8 frames `(num_frames, 3, height, width)` into the input of the vision encoder.
         frame_rate: samples per second of film.
-        cache: the state of one sample after the first `num_frames` frames.
-        clock: the clock of a stream that these frames ended.
+        memory: the film so far.
     """
 
-    def __init__(
-        self,
-        model,
-        normalize: Callable[[torch.Tensor], torch.Tensor],
-        frame_rate: float,
-        cache: Cache,
-        num_frames: int = 0,
-        clock: Clock | None = None,
-    ):
-        self.model, self.normalize, self.frame_rate = model, normalize, frame_rate
+    def __init__(self, model, normalize: Callable[[torch.Tensor], torch.Tensor], frame_rate: float, memory: Memory):
+        self.model, self.normalize, self.frame_rate, self.memory = model, normalize, frame_rate, memory
         self.lock = threading.RLock()  # held while the memory is replaced
-        self._memory = _Memory(cache, num_frames, clock)
-
-    @property
-    def cache(self) -> Cache:
-        """The state after the frames that have gone through the model."""
-        return self._memory.cache
-
-    @property
-    def clock(self) -> Clock | None:
-        """The clock of a stream with times, or None."""
-        return self._memory.clock
 
     @property
     def num_frames(self) -> int:
         """The number of frames sampled so far."""
-        memory = self._memory
+        memory = self.memory
         return memory.num_frames + len(memory.window)
 
     @property
@@ -88,22 +68,30 @@ class WatchedFilm:
         yield from self.take_due(before=seconds)
         if seconds is None:
             with self.lock:
-                self._memory = self._memory.add(picture.pixels, clock=None)
+                self.memory = self.memory.add(picture.pixels, clock=None)
             yield
             return
         with self.lock:
-            clock = self.clock or Clock(self.frame_rate, seconds, seconds, picture)
-            self._memory = self._memory._replace(clock=clock.show(seconds, picture))
+            clock = self.memory.clock or Clock(self.frame_rate, seconds, seconds, picture)
+            self.memory = self.memory._replace(clock=clock.show(seconds, picture))
 
     def take_due(self, before: float | None = None) -> Iterator[None]:
         """Adds the frame on screen at each sample that is due, see [`Clock.is_due`], and yields after each."""
         while True:
             with self.lock:
-                clock = self.clock
+                clock = self.memory.clock
                 if clock is None or not clock.is_due(before):
                     return
-                self._memory = self._memory.add(clock.on_screen.pixels, clock.tick())
+                self.memory = self.memory.add(clock.on_screen.pixels, clock.tick())
             yield
+
+    def catch_up(self) -> Memory:
+        """Feeds the model all samples that are due, and returns the memory."""
+        with self.lock:
+            for _ in self.take_due():
+                pass
+            feed([self])
+            return self.memory
 
 
 def watch_in_lockstep(
@@ -142,7 +130,7 @@ def feed(films: Sequence[WatchedFilm]):
     """Puts all frames that wait through the model; films with equally many waiting frames form a batch."""
     batches = defaultdict(list)
     for film in films:
-        batches[len(film._memory.window)].append(film)
+        batches[len(film.memory.window)].append(film)
     for batch in batches.values():
         _feed_batch(batch)
 
@@ -152,7 +140,7 @@ def _feed_batch(films: Sequence[WatchedFilm]):
     with contextlib.ExitStack() as locks:
         for film in films:
             locks.enter_context(film.lock)
-        frames = [frame for film in films for frame in film._memory.window]
+        frames = [frame for film in films for frame in film.memory.window]
         if not frames:
             return
         model, normalize = films[0].model, films[0].normalize
@@ -162,25 +150,19 @@ def _feed_batch(films: Sequence[WatchedFilm]):
         if embeddings.device.type != "meta":  # otherwise accelerate moves the inputs
             inputs_embeds_BTD = inputs_embeds_BTD.to(embeddings.device)
         # On copies: an interrupted step leaves some layers further than others.
-        cache = join_caches([film.cache for film in films])
+        cache = join_caches([film.memory.cache for film in films])
         model(inputs_embeds=inputs_embeds_BTD, cache_params=cache, use_cache=True, logits_to_keep=1)
         for row, film in enumerate(films):
             own_cache = cache if len(films) == 1 else copy_cache(cache, rows=[row])
-            film._memory = _Memory(own_cache, film.num_frames, film.clock)
+            film.memory = Memory(own_cache, film.num_frames, film.memory.clock)
 
 
 @contextlib.contextmanager
 def _bar(films: Sequence[WatchedFilm], streams: Sequence[VideoStream], progress: bool | None):
     """A progress bar in seconds of film; yields a function that updates it."""
     lengths = [None if progress is False else stream.seconds for stream in streams]
-    total = None if None in lengths else round(sum(lengths))
-    bar = tqdm(
-        desc=streams[0].name if len(streams) == 1 else f"{len(streams)} films",
-        total=total or None,
-        unit="s",
-        delay=0 if progress else 2,
-        disable=progress is False,
-    )
+    name = streams[0].name if len(streams) == 1 else f"{len(streams)} films"
+    bar = progress_bar(name, None if None in lengths else sum(lengths), progress)
     started, tokens_per_frame = time.monotonic(), films[0].model.config.tokens_per_frame
     first_second, first_frame = sum(film.seconds for film in films), sum(film.num_frames for film in films)
     shown = 0
@@ -197,6 +179,3 @@ def _bar(films: Sequence[WatchedFilm], streams: Sequence[VideoStream], progress:
 
     with bar:
         yield show
-
-
-__all__ = ["WatchedFilm", "feed", "watch_in_lockstep"]
