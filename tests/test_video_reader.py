@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 import transformers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from video_files import index_frame, index_video_bytes, moving_frames, read_index, write_index_video, write_video
 
@@ -83,10 +83,13 @@ def test_indices_at_a_variable_rate(tmp_path, suffix, rate):
     fps=st.sampled_from([Fraction(24), Fraction(25), Fraction(30000, 1001), Fraction(10)]),
     rate=st.sampled_from([0.1, 0.3, 1, 2, 2.5, 5, 10, 24, 25, 30, 50]),
 )
+@example(num_frames=1, fps=Fraction(30000, 1001), rate=30)
 def test_any_length_and_rates(num_frames, fps, rate):
     film = index_video_bytes(num_frames, fps=fps, preset="ultrafast", bf=2)
     times = [index / fps for index in range(num_frames)]
-    assert read_indices(film, rate) == expected_indices(times, num_frames / fps, rate)
+    # Files round the end of a film to ticks: a sample 1/30 of a millisecond before the end, as above, may be left out.
+    end = num_frames / fps - Fraction(1, 20_000)
+    assert read_indices(film, rate) == expected_indices(times, end, rate)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
