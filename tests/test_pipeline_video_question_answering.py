@@ -223,10 +223,10 @@ def test_mistakes_in_watching(qa, film, frames, tmp_path):
         qa.watch(tmp_path / "nowhere.mp4")
     with pytest.raises(FileNotFoundError, match="There is no file .*nowhere.mp4"):
         qa.watch([film, tmp_path / "nowhere.mp4"])
-    with pytest.raises(ValueError, match="format: options for FFmpeg, but the ndarray needs none"):
+    with pytest.raises(ValueError, match="FFmpeg does not open the ndarray: leave out its options format"):
         qa.watch(frames, format="v4l2")
     for ask in (lambda: qa(video=iter([]), question="Why?"), lambda: qa.watch([frames, iter([])])):
-        with pytest.raises(ValueError, match="the list_iterator has not one frame"):
+        with pytest.raises(ValueError, match="the list_iterator has no frame"):
             ask()
 
 

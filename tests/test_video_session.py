@@ -434,7 +434,7 @@ def test_a_stream_that_fails_before_its_first_frame(session):
     watched = session()
     with pytest.raises(VideoReadError, match=r"the generator broke off after 0 frames \(OSError: no camera\)"):
         watched.extend(broken())
-    with pytest.raises(VideoReadError, match="the list_iterator has not one frame"):
+    with pytest.raises(VideoReadError, match="the list_iterator has no frame"):
         watched.extend(iter([]))
     for ask in (lambda: watched.ask("Why?"), watched.chat, lambda: watched.save("film"), watched.state):
         with pytest.raises(ValueError, match="Nothing watched yet"):
@@ -526,7 +526,7 @@ def test_format_and_options_reach_ffmpeg(session, tmp_path):
     options = {"video_size": "40x48", "pixel_format": "rgb24", "framerate": "1"}
     watched = session().extend(str(path), format="rawvideo", options=options, timeout=60)
     close_states(watched.state(), session().extend(FRAMES).state(), rtol=1e-4, atol=1e-4)
-    with pytest.raises(VideoReadError, match="not one frame|could not be opened|not a video|Not one frame"):
+    with pytest.raises(VideoReadError, match="no frame|could not be opened|not a video|Not one frame"):
         session().extend(str(tmp_path / "nothing"), format="v4l2")
 
 

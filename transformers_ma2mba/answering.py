@@ -225,7 +225,7 @@ def checked_questions(question, processor) -> list[str]:
         raise ValueError(f"question must be a text or a list of texts, none of them empty; got {question!r}.")
     for text in questions:
         if processor.video_token in text or processor.image_token in text:
-            raise ValueError(f"The question {text!r} has a placeholder in it: leave it to the pipeline.")
+            raise ValueError(f"The question {text!r} contains a placeholder: leave it out, the prompt adds it.")
     return list(questions)
 
 

@@ -88,7 +88,7 @@ def load_film(path: str | os.PathLike, model, prompt_beginning: Sequence[int]) -
         if not is_same_model(metadata, own):
             raise StateFileError(
                 f"{os.fspath(path)} was made by {name_model(metadata)}, and cannot be resumed with {name_model(own)}: "
-                "load the former."
+                "load the model that made it."
             )
         num_frames, frame_rate, clock = int(metadata["frames"]), float(metadata["frame_rate"]), None
         if metadata["clock"] == "1":

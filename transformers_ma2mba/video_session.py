@@ -210,7 +210,7 @@ class VideoSession:
                     break
             yield from self._film.take_due()
             if self.num_frames == 0:
-                raise VideoReadError(f"{stream.name} has not one frame: there is nothing to watch.")
+                raise VideoReadError(f"{stream.name} has no frame: there is nothing to watch.")
         except VideoReadError as error:
             if stream.num_frames == 0:
                 raise

@@ -42,9 +42,7 @@ class VideoStream:
         if is_video_file(source):
             return
         if open_options:
-            raise ValueError(
-                f"{', '.join(open_options)}: options for FFmpeg, but {self.name} needs none to be opened."
-            )
+            raise ValueError(f"FFmpeg does not open {self.name}: leave out its options {', '.join(open_options)}.")
         if isinstance(source, Image.Image):
             self._source = [source]
         elif is_array(source) or not isinstance(source, Iterable) or isinstance(source, Mapping):
