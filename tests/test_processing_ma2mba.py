@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import VOCABULARY, random_frames, tiny_config, tiny_tokenizer
+from tiny import VOCABULARY, random_frames, random_pixels, tiny_config, tiny_tokenizer
 from transformers import AutoProcessor
 
 from transformers_ma2mba import Ma2mbaProcessor, Ma2mbaVideoProcessor
+from transformers_ma2mba.frames import FittedFrames
 
 IMAGE, VIDEO = "<image>", "<video>"
 
@@ -222,6 +223,16 @@ def test_a_chat_with_a_file(processor, film, key, return_tensors):
     expected = naive_conversation(processor, [[(VIDEO, 6), "Who?"], "red"])
     assert np.asarray(output["input_ids"]).tolist() == [[token for token, _ in expected]]
     assert torch.equal(output["pixel_values_videos"], processor.video_processor(film)["pixel_values_videos"])
+
+
+def test_a_chat_with_fitted_frames(processor):
+    pixels = random_pixels(3)
+    output = processor.apply_chat_template(
+        [user(video(FittedFrames(pixels)), "Who?")], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert torch.equal(output["pixel_values_videos"], pixels)
+    expected = naive_conversation(processor, [[(VIDEO, 3), "Who?"]])
+    assert output["input_ids"].tolist() == [[token for token, _ in expected]]
 
 
 def test_a_chat_with_images_and_videos(processor, tmp_path):

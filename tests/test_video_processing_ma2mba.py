@@ -13,6 +13,7 @@ from torchvision.transforms.v2.functional import resize
 from video_files import read_index, write_index_video
 
 from transformers_ma2mba import Ma2mbaVideoProcessor, read_video
+from transformers_ma2mba.frames import FittedFrames
 
 SIZE = {"height": 32, "width": 32}
 
@@ -148,6 +149,17 @@ def test_rescaling_and_normalising_for_other_vision_encoders(video_processor):
     options = dict(do_rescale=True, do_normalize=True, image_mean=mean, image_std=std)
     expected = (uint8.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     assert_close(pixels_of(video_processor, frames, **options).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_fitted_frames_are_not_resized_or_cropped_again():
+    options = dict(size={"shortest_edge": 40}, do_center_crop=True, crop_size=SIZE)
+    video_processor, frames = Ma2mbaVideoProcessor(**options), random_frames(3, 48, 64)
+    pixels = pixels_of(video_processor, frames)
+    fitted = FittedFrames(pixels)
+    assert torch.equal(pixels_of(video_processor, fitted), pixels)
+    assert torch.equal(pixels_of(video_processor, [[fitted], [frames]]), torch.cat([pixels, pixels]))
+    normalized = pixels_of(video_processor, frames, do_rescale=True, do_normalize=True)
+    assert torch.equal(pixels_of(video_processor, fitted, do_rescale=True, do_normalize=True), normalized)
 
 
 @pytest.mark.parametrize("kind", [None, "np", "pt"])
