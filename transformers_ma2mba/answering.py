@@ -32,18 +32,24 @@ class Answerer:
         self.tokenizer = processor.tokenizer
         self._prepare = prepare_generate_kwargs or self._with_defaults
 
-    def ask(self, cache: Cache, question: str | list[str], candidates: list[str] | None = None, **generate_kwargs):
+    def ask(
+        self,
+        state: Callable[[], Cache],
+        question: str | list[str],
+        candidates: list[str] | None = None,
+        **generate_kwargs,
+    ):
         """Answers one question, or a list of questions independently; see [`VideoSession.ask`].
 
         Args:
-            cache: the state of one film up to the end of its video; it is not changed.
+            state: returns the state of one film up to the end of its video; called once the arguments are checked.
 
         Raises:
             ValueError: if the question or the candidates are empty.
         """
         questions, candidates = checked_questions(question, self.processor), checked_candidates(candidates)
         prompts = [text_after_video(self.processor, [user_message(text, with_video=True)]) for text in questions]
-        results = self.answer(cache, prompts, candidates, **generate_kwargs)
+        results = self.answer(state(), prompts, candidates, **generate_kwargs)
         return results[0] if isinstance(question, str) else results
 
     def tokenize(self, text: str) -> list[int]:
@@ -100,7 +106,7 @@ class Answerer:
             yield entries[start] if each == 1 else entries[start : start + each]
 
     def _rank(self, input_ids: torch.Tensor, cache: Cache, candidates: list[str]) -> Iterator[list[dict]]:
-        """Yields for each prompt the candidates with their shares of the likelihood, best first."""
+        """Yield for each prompt the candidates with their shares of the likelihood, best first."""
         outputs = self.model(input_ids=input_ids, cache_params=cache, use_cache=True, logits_to_keep=1)
         tokens = [self.tokenize(candidate) for candidate in candidates]
         likelihoods = outputs.logits.new_empty(len(input_ids), len(candidates))
@@ -137,7 +143,7 @@ class Answerer:
 
 
 def _batches(rows: Sequence[list[int]], size: int) -> Iterator[list[int]]:
-    """Yields the indices of rows of equal length, at most `size` at a time."""
+    """Yield the indices of rows of equal length, at most `size` at a time."""
     by_length = defaultdict(list)
     for index, row in enumerate(rows):
         by_length[len(row)].append(index)
@@ -215,7 +221,7 @@ def text_after_video(processor, messages: list[dict], add_generation_prompt: boo
 
 
 def checked_questions(question, processor) -> list[str]:
-    """Returns one question, or several, as a list.
+    """Return one question, or several, as a list.
 
     Raises:
         ValueError: if there is no question, or one is no text, is empty, or contains a placeholder.
@@ -230,7 +236,7 @@ def checked_questions(question, processor) -> list[str]:
 
 
 def checked_candidates(candidates) -> list[str] | None:
-    """Returns the candidates as a list, or None without candidates.
+    """Return the candidates as a list, or None without candidates.
 
     Raises:
         ValueError: if they are no list or an empty one, or a candidate is no text or empty.

@@ -12,7 +12,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 def conversation_to_messages(row: dict, folder: str | os.PathLike = "") -> list[dict]:
-    """Converts a row of a LLaVA-Video style list to chat messages.
+    """Convert a row of a LLaVA-Video style list to chat messages.
 
     Args:
         row: `video` or `image` (a path, or a list of paths), and `conversations`: turns with `from` ("human" or
@@ -69,7 +69,7 @@ class DataCollatorForVideoQA:
     _kept: dict[str, FittedFrames] = field(default_factory=dict, repr=False)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        """Converts rows, see [`conversation_to_messages`], to a batch padded on the left.
+        """Convert rows, see [`conversation_to_messages`], to a batch padded on the left.
 
         Returns:
             The model's inputs and `labels` `(batch_size, sequence_length)`, -100 wherever the assistant is silent.

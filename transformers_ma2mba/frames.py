@@ -87,7 +87,7 @@ def _flatten(videos) -> list:
 
 
 def frames_to_tensor(video) -> torch.Tensor:
-    """Converts an array, a tensor, an image or a list of images to uint8 `(num_frames, 3, height, width)`.
+    """Convert an array, a tensor, an image or a list of images to uint8 `(num_frames, 3, height, width)`.
 
     Floating-point frames must lie between 0 and 1.
 

@@ -106,7 +106,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         return sessions
 
     def resume(self, path: str | os.PathLike) -> VideoSession:
-        """Loads the session that [`VideoSession.save`] wrote, which gives the same answers.
+        """Load the session that [`VideoSession.save`] wrote, which gives the same answers.
 
         Raises:
             FileNotFoundError, StateFileError: see [`VideoSession.resume`].
@@ -126,7 +126,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         return {}, forward, {}
 
     def preprocess(self, inputs):
-        """Checks a mapping with `video` and `question`; `_forward` watches the video and asks."""
+        """Check a mapping with `video` and `question`; `_forward` watches the video and asks."""
         if not isinstance(inputs, Mapping):
             raise ValueError(f"Each input must be a mapping with `video` and `question`; got {type(inputs).__name__}.")
         video, question = inputs.get("video"), inputs.get("question")
@@ -148,7 +148,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         return {"results": session.ask(model_inputs["question"], candidates, **(generate_kwargs or {}))}
 
     def postprocess(self, model_outputs):
-        """Returns the answers."""
+        """Return the answers."""
         return model_outputs["results"]
 
     def get_iterator(self, inputs, num_workers, batch_size, *params):
@@ -162,7 +162,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         return super().get_iterator(inputs, num_workers, batch_size, *params)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
-        """Saves model and processor for `pipeline(task, model=save_directory)`."""
+        """Save model and processor for `pipeline(task, model=save_directory)`."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
 
@@ -175,7 +175,7 @@ class _AsItIs:
 
 
 def _as_rows(inputs) -> list | Dataset | Iterator | None:
-    """Converts several mappings for `Pipeline`, which goes through them one by one; None if `inputs` is one video."""
+    """Convert several mappings for `Pipeline`, which goes through them one by one; None if `inputs` is one video."""
     if isinstance(inputs, (list, tuple)):
         return list(inputs) if inputs and isinstance(inputs[0], Mapping) else None
     if isinstance(inputs, Dataset):

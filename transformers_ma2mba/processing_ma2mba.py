@@ -83,7 +83,7 @@ class Ma2mbaProcessor(ProcessorMixin):
 
     @classmethod
     def from_model_config(cls, config: Ma2mbaConfig, tokenizer) -> "Ma2mbaProcessor":
-        """Makes a processor for a new model, with the frame size, rate and normalisation of `config`.
+        """Make a processor for a new model, with the frame size, rate and normalisation of `config`.
 
         The placeholders are added to `tokenizer` if it lacks them, and must get their ids in `config`.
 
@@ -109,7 +109,7 @@ class Ma2mbaProcessor(ProcessorMixin):
         return cls(tokenizer, video_processor, tokens_per_frame=config.tokens_per_frame)
 
     def check_model_config(self, config: Ma2mbaConfig):
-        """Checks that the frames and placeholders of this processor suit a model.
+        """Check that the frames and placeholders of this processor suit a model.
 
         Raises:
             ValueError: if the model has another frame size or another number of tokens per frame.
@@ -128,7 +128,7 @@ class Ma2mbaProcessor(ProcessorMixin):
             )
 
     def __call__(self, images=None, text=None, videos=None, **kwargs) -> BatchFeature:
-        r"""Converts text, videos and images to the model's inputs.
+        r"""Convert text, videos and images to the model's inputs.
 
         Args:
             text (`str` or `list[str]`): text in which each `<video>` and `<image>` stands for one video or image, in
@@ -181,7 +181,7 @@ class Ma2mbaProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["video_metadata"])
 
     def _check_counts(self, texts: list[str], visuals, kind: str, token: str, flatten):
-        """Checks that every placeholder has its video or image, sample by sample if they are nested."""
+        """Check that every placeholder has its video or image, sample by sample if they are nested."""
         found = [sample.count(token) for sample in texts]
         given = 0 if visuals is None else len(flatten(visuals))
         where = "The text has"
@@ -253,7 +253,7 @@ class Ma2mbaProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "pixel_values_videos", "pixel_values"]
 
     def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
-        """Counts the placeholders for images of `(height, width)` and videos of `(num_frames, height, width)`."""
+        """Count the placeholders for images of `(height, width)` and videos of `(num_frames, height, width)`."""
         data = {}
         if image_sizes is not None:
             data["num_image_tokens"] = [self.tokens_per_frame] * len(image_sizes)

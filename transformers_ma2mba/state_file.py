@@ -46,7 +46,7 @@ class StateFileError(ValueError):
 
 
 def save_film(path: str | os.PathLike, model, prompt_beginning: Sequence[int], frame_rate: float, memory: Memory):
-    """Saves a film; its file has the same size for every film.
+    """Save a film; its file has the same size for every film.
 
     Args:
         path: the file to write.
@@ -76,7 +76,7 @@ def save_film(path: str | os.PathLike, model, prompt_beginning: Sequence[int], f
 
 
 def load_film(path: str | os.PathLike, model, prompt_beginning: Sequence[int]) -> tuple[float, Memory]:
-    """Loads the frame rate and the memory that [`save_film`] wrote; model and beginning must be the same as then.
+    """Load the frame rate and the memory that [`save_film`] wrote; model and beginning must be the same as then.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -109,7 +109,7 @@ def _fixed_width(number: int | float) -> str:
 
 
 def save_state_file(path: str | os.PathLike, tensors: dict[str, torch.Tensor], metadata: dict[str, str]):
-    """Writes tensors and metadata into one file, completely or not at all.
+    """Write tensors and metadata into one file, completely or not at all.
 
     The size of the file depends only on the shapes and dtypes of the tensors and on the lengths of the metadata.
 
@@ -135,7 +135,7 @@ def save_state_file(path: str | os.PathLike, tensors: dict[str, torch.Tensor], m
 
 
 def load_state_file(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Reads the tensors, on the CPU, and the metadata that [`save_state_file`] wrote.
+    """Read the tensors, on the CPU, and the metadata that [`save_state_file`] wrote.
 
     Raises:
         FileNotFoundError: if the file does not exist.

@@ -58,7 +58,7 @@ class Ma2mbaVideoProcessor(BaseVideoProcessor):
     return_metadata = False
 
     def preprocess(self, videos, **kwargs) -> BatchFeature:
-        """Converts videos to pixels, see the class.
+        """Convert videos to pixels, see the class.
 
         Args:
             videos: one video, a list, or a list of lists.
@@ -97,7 +97,7 @@ class Ma2mbaVideoProcessor(BaseVideoProcessor):
         return {**options, **self._standardize_kwargs(**options)}
 
     def _load(self, video, options: dict) -> tuple[torch.Tensor, VideoMetadata]:
-        """Loads one video as uint8 frames `(num_frames, 3, height, width)` of the final size."""
+        """Load one video as uint8 frames `(num_frames, 3, height, width)` of the final size."""
         fps, backend = options["fps"], None
         if isinstance(video, FittedFrames):
             frames = video.pixels
@@ -123,11 +123,11 @@ class Ma2mbaVideoProcessor(BaseVideoProcessor):
         return frames, metadata
 
     def frame_fitter(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Returns a function that resizes and crops uint8 frames `(..., 3, height, width)` as the processor does."""
+        """Return a function that resizes and crops uint8 frames `(..., 3, height, width)` as the processor does."""
         return partial(self._fit, options=self._options())
 
     def frame_normalizer(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Returns a function that rescales and normalises fitted frames as the processor does."""
+        """Return a function that rescales and normalises fitted frames as the processor does."""
         return partial(self._rescale_and_normalize, options=self._options())
 
     def _rescale_and_normalize(self, frames: torch.Tensor, options: dict) -> torch.Tensor:

@@ -60,7 +60,7 @@ class VideoInfo:
 
 
 def probe(source: Source) -> VideoInfo:
-    """Describes a film, of which it decodes only the first frame. For `source` and errors see `iter_frames`."""
+    """Describe a film; decode only its first frame. For `source` and errors see `iter_frames`."""
     with _open(source) as film:
         _, frame = next(film.frames(frame_rate=1.0))
         height, width, _ = film.picture(frame).shape
@@ -75,7 +75,7 @@ def iter_frames(
     options: dict[str, str] | None = None,
     timeout: float | None = None,
 ) -> Iterator[tuple[float, np.ndarray]]:
-    """Yields the frames that a film shows at 0, 1/frame_rate, 2/frame_rate, … seconds, up to its end.
+    """Yield the frames that a film shows at 0, 1/frame_rate, 2/frame_rate, … seconds, up to its end.
 
     The frame at time t is the last one whose presentation time is at most t; the time of the first frame is 0. A frame
     that is on screen at several of these times is yielded as the same array.
@@ -115,7 +115,7 @@ def iter_frames(
 def read_video(
     source: Source, frame_rate: float = 1.0, transform: Transform | None = None, progress: bool | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Reads the frames of `iter_frames` into one array, in hardly more memory than the array takes.
+    """Read the frames of `iter_frames` into one array, in hardly more memory than the array takes.
 
     Args:
         source, frame_rate, transform: as for `iter_frames`; `transform` must return one shape for all frames.
@@ -166,7 +166,7 @@ def progress_bar(name: str, seconds: float | None, progress: bool | None):
 
 
 def _sample(film: "_Film", frame_rate: float, transform: Transform | None) -> Iterator[tuple[float, np.ndarray]]:
-    """Samples and holds: a frame stays on screen until the time of the next, and the last one until the film ends."""
+    """Sample and hold: a frame stays on screen until the time of the next, and the last one until the film ends."""
     index, on_screen = 0, None
     for until, next_frame in film.frames(frame_rate):
         picture = None
@@ -215,7 +215,7 @@ class _Film:
         return length / av.time_base if length > 0 else None
 
     def picture(self, frame: av.VideoFrame) -> np.ndarray:
-        """Converts a decoded frame to (height, width, 3) uint8 RGB, upright, with square pixels."""
+        """Convert a decoded frame to (height, width, 3) uint8 RGB, upright, with square pixels."""
         if self._size is None:
             self._size = max(1, round(frame.width * (self.stream.sample_aspect_ratio or 1))), frame.height
         interpolation = None if self._size == (frame.width, frame.height) else "BICUBIC"
@@ -230,7 +230,7 @@ class _Film:
         return np.ascontiguousarray(pixels)
 
     def frames(self, frame_rate: float) -> Iterator[tuple[float, av.VideoFrame | None]]:
-        """Yields (seconds from the start, frame) in the order shown, and at last (seconds at the film's end, None).
+        """Yield (seconds from the start, frame) in the order shown, and at last (seconds at the film's end, None).
 
         Frames that leave the screen before the next sample at `frame_rate` may be missing.
         """
@@ -260,7 +260,7 @@ class _Film:
         return (pts - self._start) * self.tick
 
     def _decode(self, frame_rate: float) -> Iterator[av.VideoFrame]:
-        """Decodes intact packets, except hidden frames from which no other frame is predicted.
+        """Decode intact packets, except hidden frames from which no other frame is predicted.
 
         A frame is hidden if a later one, already in the decoder, replaces it on screen before the next sample. Only
         H.264 marks references reliably. Interlaced frames are never left out, because the two fields of one may be in
@@ -292,7 +292,7 @@ class _Film:
             yield from frames
 
     def _packets(self) -> Iterator[av.Packet]:
-        """Yields the video's intact packets until the file ends or reading fails."""
+        """Yield the video's intact packets until the file ends or reading fails."""
         packets = self.container.demux()
         while True:
             try:
@@ -331,7 +331,7 @@ class _Film:
 
 @contextmanager
 def _open(source: Source, format=None, options=None, timeout=None) -> Iterator[_Film]:
-    """Opens a film, and closes it at the end."""
+    """Open a film, and close it at the end."""
     file, name = (source, source) if format is not None and isinstance(source, str) else _file_and_name(source)
     try:
         container = av.open(file, mode="r", format=format, options=options, timeout=timeout, metadata_errors="ignore")
@@ -347,7 +347,7 @@ def _open(source: Source, format=None, options=None, timeout=None) -> Iterator[_
 
 
 def _file_and_name(source: Source) -> tuple[str | BinaryIO, str]:
-    """Returns the argument for PyAV, and the name for messages."""
+    """Return the argument for PyAV, and the name for messages."""
     if isinstance(source, (str, os.PathLike)):
         path = os.fspath(source)
         if "://" in path:
@@ -390,7 +390,7 @@ def _reason(error: Exception) -> str:
 
 
 def checked_frame_rate(frame_rate: float, name: str = "frame_rate") -> float:
-    """Returns a frame rate as a float.
+    """Return a frame rate as a float.
 
     Raises:
         ValueError: if it is not a finite number above 0; the message calls it `name`.

@@ -148,7 +148,7 @@ class VideoSession:
         self._watch(self._open(video), progress)
 
     def _open(self, video: Any, **open_options) -> VideoStream:
-        """Opens a stream, after which the session counts as watching until `_watch` has ended."""
+        """Open a stream, after which the session counts as watching until `_watch` has ended."""
         stream = VideoStream(video, self.frame_rate, self._fit, **open_options)
         with self._film.lock:
             if self.is_watching:
@@ -174,7 +174,7 @@ class VideoSession:
         return not self._done.is_set()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Waits until a thread has watched all of its stream.
+        """Wait until a thread has watched all of its stream.
 
         Args:
             timeout: the most seconds to wait.
@@ -192,11 +192,11 @@ class VideoSession:
         return True
 
     def stop(self):
-        """Stops watching in a thread after the next frame of its stream."""
+        """Stop watching in a thread after the next frame of its stream."""
         self._stop = self.is_watching
 
     def _take_all(self, stream: VideoStream) -> Iterator[None]:
-        """Takes the samples of a stream, and yields after each so that the caller may feed the model."""
+        """Take the samples of a stream, and yield after each so that the caller may feed the model."""
         try:
             for seconds, picture in stream:
                 clock = self._film.memory.clock
@@ -219,7 +219,7 @@ class VideoSession:
     # Asking
 
     def state(self) -> Cache:
-        """Returns a copy of the recurrent state after all frames so far, of one sample, for loops of your own.
+        """Return a copy of the recurrent state after all frames so far, of one sample, for loops of your own.
 
         The model continues from it with `cache_params=`.
 
@@ -249,7 +249,7 @@ class VideoSession:
         Raises:
             ValueError: if nothing has been watched yet, or the question or the candidates are empty.
         """
-        return self._answerer.ask(self.state(), question, candidates, **generate_kwargs)
+        return self._answerer.ask(self.state, question, candidates, **generate_kwargs)
 
     def chat(self) -> VideoChat:
         """Begins a conversation about the film so far, which remembers its earlier questions and answers."""
@@ -258,7 +258,7 @@ class VideoSession:
     # Saving
 
     def save(self, path: str | os.PathLike):
-        """Saves the state after all frames so far to one safetensors file, of the same size for every film.
+        """Save the state after all frames so far to one safetensors file, of the same size for every film.
 
         The file is written completely or not at all. `resume` of session and pipeline loads it.
 
@@ -277,7 +277,7 @@ class VideoSession:
         frames_per_piece: int | None = None,
         prepare_generate_kwargs: Callable[..., dict] | None = None,
     ) -> "VideoSession":
-        """Loads the session that `save` wrote; model and processor must be the same as then.
+        """Load the session that `save` wrote; model and processor must be the same as then.
 
         Raises:
             FileNotFoundError: if the file does not exist.
@@ -316,7 +316,7 @@ def _until_failure(samples: Iterator[None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ctrl_c_ends(sessions: Sequence[VideoSession]):
-    """Turns Ctrl-C into a warning if any frame has been seen."""
+    """Turn Ctrl-C into a warning if any frame has been seen."""
     try:
         yield
     except KeyboardInterrupt:

@@ -60,7 +60,7 @@ class VideoStream:
         return None
 
     def __iter__(self) -> Iterator[tuple[float | None, Picture]]:
-        """Yields (seconds, picture); seconds is None if each picture is one sample at the frame rate.
+        """Yield (seconds, picture); seconds is None if each picture is one sample at the frame rate.
 
         Raises:
             FileNotFoundError: if the file does not exist.
@@ -104,7 +104,7 @@ class VideoStream:
             yield (None if seconds is None else float(seconds)), Picture(frame, self._fit)
 
     def _items(self):
-        """Yields the source's items, and raises its errors as a file's."""
+        """Yield the source's items, and raise its errors as a file's."""
         try:
             yield from self._source
         except Exception as error:

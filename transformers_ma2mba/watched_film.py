@@ -60,7 +60,7 @@ class WatchedFilm:
         return self.num_frames / self.frame_rate
 
     def take(self, seconds: float | None, picture: Picture) -> Iterator[None]:
-        """Adds the samples that the arrival of a picture settles, and yields after each.
+        """Add the samples that the arrival of a picture settles, and yield after each.
 
         Args:
             seconds: the time of the picture, not before that of the last one; None if the picture is one sample.
@@ -76,7 +76,7 @@ class WatchedFilm:
             self.memory = self.memory._replace(clock=clock.show(seconds, picture))
 
     def take_due(self, before: float | None = None) -> Iterator[None]:
-        """Adds the frame on screen at each sample that is due, see [`Clock.is_due`], and yields after each."""
+        """Add the frame on screen at each sample that is due, see [`Clock.is_due`], and yield after each."""
         while True:
             with self.lock:
                 clock = self.memory.clock
@@ -86,7 +86,7 @@ class WatchedFilm:
             yield
 
     def catch_up(self) -> Memory:
-        """Feeds the model all samples that are due, and returns the memory."""
+        """Feed the model all samples that are due, and return the memory."""
         with self.lock:
             for _ in self.take_due():
                 pass
@@ -101,7 +101,7 @@ def watch_in_lockstep(
     frames_per_piece: int,
     progress: bool | None,
 ):
-    """Takes equally many samples of each film at a time, and feeds them to the model as one batch.
+    """Take equally many samples of each film at a time, and feed them to the model as one batch.
 
     Args:
         films: the films, of one model.
@@ -127,7 +127,7 @@ def watch_in_lockstep(
 
 
 def feed(films: Sequence[WatchedFilm]):
-    """Puts all frames that wait through the model; films with equally many waiting frames form a batch."""
+    """Feed all waiting frames to the model; films with equally many waiting frames form a batch."""
     batches = defaultdict(list)
     for film in films:
         batches[len(film.memory.window)].append(film)
