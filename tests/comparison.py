@@ -1,15 +1,19 @@
-"""Comparison of tensors by their norms."""
+"""Comparisons of tensors, and of the tensors that a computation makes."""
 
 from collections.abc import Mapping
 
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
 
 def assert_same(actual, expected, tolerance=1e-10, smallest_norm=0.0, nonzero=False):
-    """Asserts that named tensors, or tensors in order, agree in type and shape, and in value to a tolerance.
+    """Assert that named tensors, or sequences of tensors, have the same types, shapes and values.
 
     Args:
-        tolerance: relative to the norm of each expected tensor.
-        smallest_norm: taken for smaller norms, such as those of gradients that are zero but for rounding.
-        nonzero: whether expected tensors must differ from zero.
+        tolerance: bound on the norm of the difference, relative to the norm of the expected tensor.
+        smallest_norm: replaces smaller norms in this bound, for gradients that are zero up to rounding.
+        nonzero: whether each expected tensor must differ from zero.
     """
     if not isinstance(expected, Mapping):
         actual, expected = dict(enumerate(actual)), dict(enumerate(expected))
@@ -22,3 +26,16 @@ def assert_same(actual, expected, tolerance=1e-10, smallest_norm=0.0, nonzero=Fa
         difference, norm = (actual[name] - tensor).norm().item(), tensor.norm().item()
         assert difference <= tolerance * max(norm, smallest_norm), (name, difference, norm)
         assert norm > 0 or not nonzero, name
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements in the largest storage that an operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result

@@ -1,29 +1,30 @@
-"""Fixtures: a tiny model with its processor, the same as a checkpoint, and a film. No test reaches the network."""
+"""Fixtures: a tiny model, its processor, a checkpoint with both, and a film. No test reaches the network."""
 
 import os
 
-# Before transformers and PyTorch are imported, which read these once. Models this small lose more by sharing an
-# operation among threads than they gain.
+# Transformers and PyTorch read these variables once, when they are imported. One thread is fastest for such small
+# models.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import logging
 
 import pytest
+from double_precision import compute_in_double
 from tiny import tiny_config, tiny_model, tiny_processor
 from transformers import pipeline
 from video_files import write_index_video
 
 
 def pytest_configure(config):
-    # What setup.cfg asks of warnings that name this package's modules holds for Transformers' too: it often warns from
-    # within about what its caller did.
+    # setup.cfg turns deprecation warnings in this package's modules into errors. Transformers often warns about its
+    # caller from one of its own modules, so these warnings are errors too.
     for category in ("DeprecationWarning", "FutureWarning"):
         config.addinivalue_line("filterwarnings", f"error::{category}:transformers")
 
 
 class DeprecationHandler(logging.Handler):
-    """Collects what Transformers logs, rather than warns, about deprecations."""
+    """Collects the deprecations that Transformers logs instead of raising a warning."""
 
     def __init__(self):
         super().__init__()
@@ -37,13 +38,19 @@ class DeprecationHandler(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def no_logged_deprecation():
-    """Fails a test during which Transformers logs that something is deprecated."""
+    """Fails a test if Transformers logs a deprecation during it."""
     handler = DeprecationHandler()
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)
     yield handler
     logger.removeHandler(handler)
     assert not handler.messages
+
+
+@pytest.fixture
+def in_double(monkeypatch):
+    """Computes in float64 throughout, as [`compute_in_double`] describes."""
+    compute_in_double(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -53,19 +60,19 @@ def config():
 
 @pytest.fixture(scope="session")
 def model(config):
-    """Shared by all tests: leave it as it is."""
+    """Shared by all tests, which must not change it."""
     return tiny_model(config)
 
 
 @pytest.fixture(scope="session")
 def processor(config):
-    """Shared by all tests: leave it as it is."""
+    """Shared by all tests, which must not change it."""
     return tiny_processor(config)
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, model, processor):
-    """A directory with the model and its processor."""
+    """A folder with the model and its processor."""
     path = tmp_path_factory.mktemp("checkpoint")
     model.save_pretrained(path)
     processor.save_pretrained(path)
@@ -74,7 +81,7 @@ def checkpoint(tmp_path_factory, model, processor):
 
 @pytest.fixture(scope="session")
 def film(tmp_path_factory):
-    """Six seconds at 4 frames per second, the frames numbered from 0 to 23."""
+    """Six seconds at 4 frames per second; the frames are numbered from 0 to 23."""
     path = tmp_path_factory.mktemp("film") / "film.mp4"
     write_index_video(path, 24, fps=4, preset="ultrafast")
     return path
@@ -82,5 +89,5 @@ def film(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def qa(checkpoint):
-    """The pipeline, on the checkpoint."""
+    """The pipeline of the checkpoint."""
     return pipeline("video-question-answering", model=str(checkpoint))

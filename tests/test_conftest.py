@@ -1,4 +1,4 @@
-"""What is to fail the tests does: a deprecation that this package causes, whether it is warned about or logged."""
+"""A deprecation that this package causes fails the tests, whether it is raised as a warning or logged."""
 
 import logging
 import warnings
@@ -13,7 +13,7 @@ def test_deprecations_in_these_modules_are_errors(category, module):
         warnings.warn_explicit("This goes away.", category, f"{module}.py", 1, module=module)
 
 
-def test_deprecations_elsewhere_are_none_of_ours():
+def test_deprecations_in_other_modules_are_warnings():
     with pytest.warns(FutureWarning):
         warnings.warn_explicit("This goes away.", FutureWarning, "other.py", 1, module="other")
 
@@ -21,4 +21,4 @@ def test_deprecations_elsewhere_are_none_of_ours():
 def test_logged_deprecations_are_collected(no_logged_deprecation):
     logging.getLogger("transformers.models.mamba2").warning("`old` is deprecated, use `new`.")
     assert no_logged_deprecation.messages == ["`old` is deprecated, use `new`."]
-    no_logged_deprecation.messages.clear()  # or this very test would fail
+    no_logged_deprecation.messages.clear()  # otherwise the fixture would fail this test

@@ -1,22 +1,26 @@
-"""A Ma²mba so small that a test can run it in milliseconds, and what goes into it."""
+"""Models that run in milliseconds, their processor, and inputs for them."""
 
 import copy
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import CLIPVisionConfig, Mamba2Config, PreTrainedTokenizerFast, SiglipVisionConfig
+from torch import nn
+from transformers import CLIPVisionConfig, Mamba2Config, Mamba2Model, PreTrainedTokenizerFast, SiglipVisionConfig
 
 from transformers_ma2mba import Ma2mbaConfig, Ma2mbaForVideoQA, Ma2mbaProcessor
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
-sys.path.append(str(EXAMPLES))  # for tests of the examples
+sys.path.append(str(EXAMPLES))  # so that tests can import the examples
 
 VOCABULARY = 384
+WIDTH = 32
 TEXTS = [
     "<|system|>You are a helpful assistant.",
     "<|user|>",
@@ -28,7 +32,7 @@ TEXTS = [
 
 
 def tiny_vision_config(kind="clip", image_size=32, patch_size=8, num_hidden_layers=3, **options):
-    """CLIP or SigLIP: 32 px in patches of 8 px are a grid of 4 x 4, pooled to 4 tokens a frame."""
+    """CLIP or SigLIP. By default, 32 px in patches of 8 px give a grid of 4 x 4, pooled to 4 tokens a frame."""
     config_class = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[kind]
     return config_class(
         hidden_size=24,
@@ -44,7 +48,7 @@ def tiny_vision_config(kind="clip", image_size=32, patch_size=8, num_hidden_laye
 def tiny_text_config(**options) -> Mamba2Config:
     defaults = dict(
         vocab_size=VOCABULARY,
-        hidden_size=32,
+        hidden_size=WIDTH,
         num_hidden_layers=2,
         head_dim=16,
         num_heads=4,
@@ -68,12 +72,27 @@ def tiny_config(kind="clip", text=None, vision=None, **options) -> Ma2mbaConfig:
     )
 
 
-def tiny_model(config: Ma2mbaConfig, seed=0, dtype=torch.float32) -> Ma2mbaForVideoQA:
-    """An untrained model in evaluation mode whose answers depend on what it sees."""
+def tiny_mamba2(model_class=Mamba2Model, dtype=torch.float64, seed=0, **options):
+    """A stock Mamba-2 model in training mode; `options` go into its configuration."""
     torch.manual_seed(seed)
-    model = Ma2mbaForVideoQA(copy.deepcopy(config))  # some tests change it
+    return model_class(tiny_text_config(**options)).to(dtype).train()
+
+
+def lora(model, **options):
+    """The model in float64, with LoRA adapters that contribute to its output from the start."""
+    torch.manual_seed(3)
+    config = LoraConfig(**{"r": 3, "target_modules": ["in_proj"], "init_lora_weights": False, **options})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that Transformers has deprecated
+        return get_peft_model(model, config).to(torch.float64)
+
+
+def tiny_model(config: Ma2mbaConfig, seed=0, dtype=torch.float32) -> Ma2mbaForVideoQA:
+    """An untrained model in evaluation mode whose answers depend on the frames."""
+    torch.manual_seed(seed)
+    model = Ma2mbaForVideoQA(copy.deepcopy(config))  # some tests change the model's configuration
     with torch.no_grad():
-        # Of the usual initialisation hardly anything arrives: pictures and layers would make no difference.
+        # The weights of the usual initialisation are so small that frames and layers would hardly change the output.
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "conv1d" not in name:
                 parameter.normal_(std=1.5 / parameter[0].numel() ** 0.5)
@@ -82,8 +101,10 @@ def tiny_model(config: Ma2mbaConfig, seed=0, dtype=torch.float32) -> Ma2mbaForVi
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A small relative of the GPT-NeoX tokenizer: byte-level BPE, to which `<|user|>` is ordinary text. With <image>
-    and <video>, which are added last, it has 384 tokens."""
+    """A byte-level BPE like the GPT-NeoX tokenizer, which reads `<|user|>` as ordinary text.
+
+    It has 382 tokens. The processor adds <image> and <video>.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -95,7 +116,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS * 3, trainer)
-    # Filled up, so that every token that a model with random weights may say has a text.
+    # A model with random weights may generate any token, so each one needs a text.
     tokenizer.add_tokens([f"word{index}" for index in range(VOCABULARY - 2 - tokenizer.get_vocab_size())])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -117,13 +138,24 @@ def random_frames(num_frames: int, height=32, width=32, seed=0) -> np.ndarray:
 
 
 def random_pixels(num_frames: int, size=32, seed=0) -> torch.Tensor:
-    """`(num_frames, 3, size, size)` uint8, as the model takes them."""
+    """The same frames as `(num_frames, 3, size, size)` uint8 pixels, the model's input."""
     return torch.from_numpy(random_frames(num_frames, size, size, seed)).permute(0, 3, 1, 2).contiguous()
 
 
+def random_embeddings(length=19, batch_size=2, dtype=torch.float64) -> torch.Tensor:
+    """`(batch_size, length, WIDTH)` embeddings, the same ones in each call."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(batch_size, length, WIDTH, dtype=dtype, generator=generator)
+
+
+def pad_left(samples: list[torch.Tensor], value) -> torch.Tensor:
+    """Joins `(1, length)` tensors of different lengths into one batch, padded on the left."""
+    longest = max(sample.shape[1] for sample in samples)
+    return torch.cat([nn.functional.pad(sample, (longest - sample.shape[1], 0), value=value) for sample in samples])
+
+
 def approximately(result):
-    """Answers as the pipeline returns them, to compare with others whose scores may be rounded otherwise: a batch adds
-    up in another order than its rows."""
+    """The pipeline's answers with approximate scores, because a batch adds numbers in another order than its rows."""
     if isinstance(result, list):
         return [approximately(entry) for entry in result]
     return {**result, "score": pytest.approx(result["score"], rel=1e-3)}
