@@ -1,12 +1,12 @@
-"""Three training steps under one distributed scheme after another: what test_distributed.py has torchrun start.
+"""Three training steps under each of several distributed schemes; test_distributed.py starts this with torchrun.
 
-Each of two processes takes one of the two samples of each batch. Samples have as many supervised tokens each, so the
-mean over processes is the mean over the batch; all else differs, so that one process has more cells, or more frames,
-than the other, or no pictures at all. A run is of a scheme and
+A batch has two samples, one for each of two processes. Both samples have the same number of supervised tokens, so the
+mean loss over processes equals the mean over the batch. The samples differ in all else: one process may have more
+cells or more frames than the other, or no frames at all. A run is named by a scheme and one of
 
-    an order    small cells of that order, four layers and a few dozen tokens
-    default     whatever is planned by default, eight layers and lengths drawn from 40 to 2,000 tokens
-    differ      the processes have different intervals, then one takes the plain way: what they say of it
+    an order    small cells in that order, four layers, a few dozen tokens
+    default     the default plan, eight layers, lengths drawn between 40 and 2,000 tokens
+    differ      different intervals in the two processes, then a plain step in one of them; returns the error messages
 """
 
 import argparse
@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from double_precision import compute_in_double
-from tiny import VOCABULARY, random_pixels, tiny_config, tiny_model
+from tiny import VOCABULARY, pad_left, random_pixels, tiny_config, tiny_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -27,15 +27,20 @@ from torch.distributed.fsdp import fully_shard
 from transformers_ma2mba import loss_in_pieces
 
 LAYER_INTERVAL = {"layer-major": 2, "sequence-major": 1}
-FRAMES = [(5, 2), (0, 4), (3, 7)]  # of each sample, step by step
+FRAMES = [(5, 2), (0, 4), (3, 7)]  # in the two samples of each step
 TEXT = [(9, 21), (14, 6), (30, 2)]  # tokens before the frames
 DRAWN = [tuple(round(40 * 50 ** random.Random(f"{step} {rank}").random()) for rank in (0, 1)) for step in range(3)]
 ANSWER = 4
 
 
 def build(order: str | None, frozen=False, default=False):
-    """The model in training mode; checkpointed if an order is named; if frozen, with nothing but Mamba-2 to train.
-    With `default`, it has more layers, and as orders come "default" and "differ"."""
+    """The model in training mode.
+
+    Args:
+        order: an order of the grid, "default", "differ", or None for no checkpointing.
+        frozen: whether only Mamba-2 is trained.
+        default: whether the model has eight layers instead of four, for "default" and "differ".
+    """
     config = tiny_config(text={"num_hidden_layers": 8 if default else 4}, frames_per_vision_pass=2)
     model = tiny_model(config, dtype=torch.float64).train()
     for module in (model.model.vision_tower, model.model.multi_modal_projector, model.get_input_embeddings()):
@@ -53,8 +58,8 @@ def build(order: str | None, frozen=False, default=False):
 
 
 def optimizer_of(model):
-    # Some gradients, as those of the biases of keys, are zero but for rounding. Adam would make whole steps of them;
-    # with a larger epsilon it does not.
+    # The gradients of the biases of attention keys are zero up to rounding. Adam would scale them up to whole steps; a
+    # larger epsilon prevents this.
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-4)
 
 
@@ -76,15 +81,10 @@ def sample(config, step, rank) -> dict:
 def batch(config, step) -> dict:
     """Both samples, padded on the left."""
     samples = [sample(config, step, rank) for rank in (0, 1)]
-    longest = max(inputs["input_ids"].shape[1] for inputs in samples)
-
-    def stack(tensors, padding):
-        return torch.cat([nn.functional.pad(t, (longest - t.shape[1], 0), value=padding) for t in tensors])
-
     return {
-        "input_ids": stack([inputs["input_ids"] for inputs in samples], 1),
-        "labels": stack([inputs["labels"] for inputs in samples], -100),
-        "attention_mask": stack([torch.ones_like(inputs["input_ids"]) for inputs in samples], 0),
+        "input_ids": pad_left([inputs["input_ids"] for inputs in samples], 1),
+        "labels": pad_left([inputs["labels"] for inputs in samples], -100),
+        "attention_mask": pad_left([torch.ones_like(inputs["input_ids"]) for inputs in samples], 0),
         "pixel_values_videos": torch.cat([inputs.get("pixel_values_videos", torch.empty(0)) for inputs in samples]).to(
             torch.uint8
         ),
@@ -92,7 +92,7 @@ def batch(config, step) -> dict:
 
 
 def one_process(frozen=False, default=False) -> dict:
-    """Losses and weights of the plain run, whole batches in one process."""
+    """Losses and weights of plain training steps on whole batches in one process."""
     model = build(None, frozen, default)
     optimizer = optimizer_of(model)
     losses = []
@@ -106,7 +106,7 @@ def one_process(frozen=False, default=False) -> dict:
 
 
 def train(model, config, backward, step_optimizer) -> dict:
-    """Losses, averaged over the processes; and how often a gradient arrived at each trained parameter in each step."""
+    """Losses averaged over the processes, and the number of gradients that each parameter received in each step."""
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     losses, arrivals = [], [Counter(dict.fromkeys(names.values(), 0)) for _ in FRAMES]
     step = 0
@@ -128,11 +128,11 @@ def train(model, config, backward, step_optimizer) -> dict:
 
 
 def run_torch(scheme, order, frozen) -> dict:
-    """DDP, or FSDP2 with every block sharded by itself, as accelerate does it."""
+    """DDP, or FSDP2 with every block sharded separately, as accelerate does."""
     model = build(order, frozen, default=order in ("default", "differ"))
     wrapped = model
     if scheme == "ddp":
-        # Trainer sets this for a model that is checkpointed: then a gradient that stays away is an error.
+        # Trainer sets this for a checkpointed model. A missing gradient is an error then.
         wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
     else:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -158,18 +158,18 @@ def run_torch(scheme, order, frozen) -> dict:
 def prepared_by_deepspeed(model, stage, overlap=False):
     import deepspeed
 
-    # On a CPU it would compile an all-reduce of its own, for minutes. Gloo's will do.
+    # On a CPU, DeepSpeed would compile its own all-reduce for minutes. Without it, DeepSpeed uses Gloo's.
     deepspeed.ops.__compatible_ops__ = {}
-    # On processors that know float16, ZeRO-3 refuses a model in float64, which it takes on all others.
+    # ZeRO-3 refuses a float64 model on processors that support float16, and accepts it on all others.
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: False
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": 0.0,  # 1.0 if not given
+        "gradient_clipping": 0.0,  # the default is 1.0
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": stage,
-            "stage3_param_persistence_threshold": 0,  # otherwise parameters as small as these stay whole
-            "reduce_bucket_size": 5000,  # and all gradients fit one bucket, in whatever order they come
+            "stage3_param_persistence_threshold": 0,  # otherwise such small parameters are not sharded
+            "reduce_bucket_size": 5000,  # otherwise all gradients fit into one bucket, in any order
             "overlap_comm": overlap,
         },
     }
@@ -194,7 +194,7 @@ def run_zero(scheme, order, frozen) -> dict:
 
 
 def disagreement(wrapped, model) -> dict:
-    """What both processes say, if they are given different intervals, and if one of them takes the plain way."""
+    """Error messages of both processes: with different intervals, and with a plain step in one process."""
     inputs = sample(model.config, 0, dist.get_rank())
     messages = []
     for options in ({}, {"output_hidden_states": dist.get_rank() == 1}):
@@ -210,7 +210,7 @@ def disagreement(wrapped, model) -> dict:
 
 
 def run_too_late() -> dict:
-    """Checkpointing after DeepSpeed has prepared the model."""
+    """The error if checkpointing is enabled after DeepSpeed has prepared the model."""
     model = build(None)
     engine = prepared_by_deepspeed(model, stage=3)
     try:
@@ -238,7 +238,7 @@ def main():
     results = {}
     with pytest.MonkeyPatch.context() as patch:
         compute_in_double(patch)
-        # The loss of three positions at a time, of four.
+        # The loss takes three of the four supervised positions at a time.
         patch.setattr(loss_in_pieces, "_BYTES_OF_A_PIECE", 3 * VOCABULARY * loss_in_pieces._BYTES_OF_A_LOGIT)
         for name in arguments.runs:
             print(f"{name}, process {dist.get_rank()}", file=sys.stderr, flush=True)

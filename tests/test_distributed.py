@@ -1,5 +1,7 @@
-"""Three checkpointed training steps on two processes, under DDP, FSDP2 and DeepSpeed's ZeRO, against the plain run in
-one process: the same losses, the same weights, and each parameter's gradient arrives once."""
+"""Checkpointed training steps in two processes, under DDP, FSDP2 and DeepSpeed's ZeRO.
+
+Losses and weights equal those of plain steps in one process, and each parameter receives its gradient once per step.
+"""
 
 import functools
 import os
@@ -13,8 +15,8 @@ from double_precision import compute_in_double
 from tiny import ROOT
 from torch.testing import assert_close
 
-# Absolute, where losses are around 7 and three steps move weights by up to 3e-2. All is in float64, but for ZeRO's own
-# copies of gradients and weights, which are in float32.
+# Absolute tolerances; losses are around 7, and three steps change weights by up to 3e-2. Computation is in float64,
+# but ZeRO keeps float32 copies of gradients and weights.
 EXACT = {"losses": 1e-12, "weights": 1e-11}
 FLOAT32 = {"losses": 2e-6, "weights": 1e-5}
 SESSIONS = {
@@ -48,7 +50,7 @@ TRAINED = ["layer-major", "sequence-major", "frozen", "default"]
 
 
 def launch(*arguments):
-    """Runs distributed_steps.py in two processes. What they wrote is in the error if they fail."""
+    """Runs distributed_steps.py in two processes. The error contains their output if they fail."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
     command += ["--rdzv_endpoint=localhost:0", distributed_steps.__file__, *map(str, arguments)]
     environment = {
@@ -62,7 +64,7 @@ def launch(*arguments):
     try:
         output, _ = process.communicate(timeout=420)
     except subprocess.TimeoutExpired:
-        process.terminate()  # not killed: so it ends the processes that it has started
+        process.terminate()  # unlike kill, this lets torchrun end its own processes
         output, _ = process.communicate(timeout=60)
         pytest.fail(f"Not done after 7 minutes:\n{output[-10000:]}")
     assert process.returncode == 0, output[-10000:]
@@ -70,7 +72,10 @@ def launch(*arguments):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The results of a run. Those of a session share its processes, which take longer to start than to train."""
+    """A function from a run to its results.
+
+    Runs of a session share its processes, because these take longer to start than to train.
+    """
 
     @functools.cache
     def of_session(session):
@@ -93,7 +98,7 @@ def one_process():
 
 
 @pytest.mark.parametrize("run", [run for runs in SESSIONS.values() for run in runs if run.split(":")[-1] in TRAINED])
-def test_two_processes_make_the_steps_of_one(run, results, one_process):
+def test_two_processes_equal_one_process(run, results, one_process):
     kind = run.split(":")[-1]
     actual, expected = results(run), one_process[kind if kind in one_process else ""]
     tolerance = FLOAT32 if run.startswith("zero") else EXACT
@@ -105,7 +110,7 @@ def test_two_processes_make_the_steps_of_one(run, results, one_process):
 
 
 @pytest.mark.parametrize("scheme", ["fsdp2", "zero3"])
-def test_processes_that_would_gather_in_different_orders_all_say_so(scheme, results):
+def test_every_process_reports_differing_settings(scheme, results):
     for messages in results(f"{scheme}:differ")["messages"]:
         for message in messages:
             assert "must checkpoint each step alike" in message
@@ -113,5 +118,5 @@ def test_processes_that_would_gather_in_different_orders_all_say_so(scheme, resu
     assert "layer_interval=4, sequence_interval=8" in intervals and "runs outside of the grid" in ways
 
 
-def test_deepspeed_must_find_the_model_checkpointed(results):
+def test_enabling_after_deepspeed_initialize_is_refused(results):
     assert "enable it before deepspeed.initialize" in results("too-late")["error"]
