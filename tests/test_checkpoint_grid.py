@@ -1,22 +1,19 @@
-"""The grid against the plain run in float64: losses, states and gradients; and that it keeps and computes no more than
-it should."""
+"""The grid against the plain run in float64: losses, states, gradients, kept memory and recomputation."""
 
 import copy
 import dataclasses
-import warnings
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from comparison import assert_same
-from double_precision import compute_in_double
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
-from tiny import tiny_text_config
+from tiny import WIDTH, lora, random_embeddings, tiny_mamba2
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, Mamba2ForCausalLM, Mamba2Model
+from transformers import Cache, Mamba2ForCausalLM
 
 from transformers_ma2mba import checkpoint_grid
 from transformers_ma2mba.cell import Border
@@ -26,21 +23,12 @@ from transformers_ma2mba.recurrent_state import LayerState, carried_cache, read_
 
 ORDERS = ["layer-major", "sequence-major"]
 LAYERS = 5
-WIDTH = 32
-
-
-@pytest.fixture(autouse=True)
-def double(monkeypatch):
-    compute_in_double(monkeypatch)
-
-
-def trunk(num_hidden_layers=LAYERS, dtype=torch.float64, seed=0, **options) -> Mamba2Model:
-    torch.manual_seed(seed)
-    config = tiny_text_config(num_hidden_layers=num_hidden_layers, **options)
-    return Mamba2Model(config).to(dtype).train()
+pytestmark = pytest.mark.usefixtures("in_double")
+trunk = partial(tiny_mamba2, num_hidden_layers=LAYERS)
 
 
 def checkpointed(model, layer_interval, sequence_interval, order="layer-major", state_interval=1, **options):
+    """A copy of the model that runs in a grid."""
     grid = enable_multi_axis_checkpointing(
         copy.deepcopy(model), layer_interval, sequence_interval, order=order, **options
     )
@@ -48,7 +36,10 @@ def checkpointed(model, layer_interval, sequence_interval, order="layer-major", 
 
 
 def keeping_states(grid, state_interval):
-    """Has every how manieth border its states kept, which otherwise the planner alone decides, for a memory budget."""
+    """Sets the interval, in segments, between borders whose states are kept.
+
+    Otherwise only the planner chooses this interval, for a memory budget.
+    """
     settings = grid._multi_axis_checkpointing
     plan = settings.plan
     settings.plan = lambda *args, **kwargs: dataclasses.replace(plan(*args, **kwargs), state_interval=state_interval)
@@ -56,7 +47,7 @@ def keeping_states(grid, state_interval):
 
 
 def random_states(model, batch_size, dtype=torch.float64, requires_grad=True) -> Cache:
-    """A state to continue, as a prefix might have left it."""
+    """A cache with random states, in place of the states after a prefix."""
     config = model.config
     conv_dim = config.expand * config.hidden_size + 2 * config.n_groups * config.state_size
     cache = carried_cache(config.num_hidden_layers)
@@ -68,26 +59,27 @@ def random_states(model, batch_size, dtype=torch.float64, requires_grad=True) ->
 
 
 def step(model, inputs, mask=None, with_state=False, input_gradient=True, seed=0):
-    """One training step whose loss weighs every output, and every number of the final state, in its own way.
+    """Loss, outputs and gradients of a step whose loss gives each element of outputs and final states its own weight.
 
-    `inputs` are embeddings or token ids.
+    Args:
+        inputs: embeddings or token ids.
     """
     model.zero_grad()
     if inputs.is_floating_point():
         inputs = inputs.clone().requires_grad_(input_gradient)
     torch.manual_seed(seed)
     cache = random_states(model, len(inputs), next(model.parameters()).dtype) if with_state else None
-    initial = [tensor for layer in cache.layers for tensor in read_state(layer)] if with_state else []
+    layers = cache.layers if with_state else []
+    initial = [tensor for layer in layers for tensor in read_state(layer)]
     name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
     outputs = model(**{name: inputs}, attention_mask=mask, cache_params=cache)
     output = outputs.last_hidden_state
-    final = [tensor for layer in cache.layers for tensor in read_state(layer)] if with_state else []
+    final = [tensor for layer in layers for tensor in read_state(layer)]
     generator = torch.Generator().manual_seed(1)
-    weighted = [
+    loss = sum(
         (tensor * torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator)).sum()
         for tensor in [output, *final]
-    ]
-    loss = sum(weighted)
+    )
     if loss.requires_grad:
         loss.backward()
     results = {"loss": loss.detach(), "output": output.detach(), "inputs": inputs.grad}
@@ -97,15 +89,16 @@ def step(model, inputs, mask=None, with_state=False, input_gradient=True, seed=0
 
 
 def left_padding(lengths, total):
+    """The attention mask of samples that are padded on the left."""
     return torch.stack([(torch.arange(total) >= total - length).long() for length in lengths])
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("layer_interval", [1, 2, 5, 9])
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 17, 31])
-def test_gradients_are_those_of_the_plain_run(length, layer_interval, order):
+def test_gradients_equal_the_plain_run(length, layer_interval, order):
     model = trunk()
-    embeds = torch.randn(2, length, WIDTH, dtype=torch.float64)
+    embeds = random_embeddings(length)
     expected = step(model, embeds)
     for sequence_interval in (1, 3, 8, 100):
         assert_same(step(checkpointed(model, layer_interval, sequence_interval, order), embeds), expected)
@@ -113,9 +106,9 @@ def test_gradients_are_those_of_the_plain_run(length, layer_interval, order):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("length", [2, 7, 8, 9, 31])
-def test_states_enter_and_leave_with_their_gradients(length, order):
+def test_gradients_pass_through_initial_and_final_states(length, order):
     model = trunk()
-    embeds = torch.randn(2, length, WIDTH, dtype=torch.float64)
+    embeds = random_embeddings(length)
     expected = step(model, embeds, with_state=True)
     for layer_interval, sequence_interval in [(1, 4), (2, 3), (5, 8), (9, 100)]:
         actual = step(checkpointed(model, layer_interval, sequence_interval, order), embeds, with_state=True)
@@ -125,10 +118,10 @@ def test_states_enter_and_leave_with_their_gradients(length, order):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("state_interval", [2, 3, 7, 100])
 @pytest.mark.parametrize("with_state", [False, True], ids=["fresh", "continued"])
-def test_states_that_are_not_kept_are_made_again(with_state, state_interval, order):
+def test_discarded_states_are_recomputed(with_state, state_interval, order):
     model = trunk()
     for length in (7, 9, 31):
-        embeds = torch.randn(2, length, WIDTH, dtype=torch.float64)
+        embeds = random_embeddings(length)
         expected = step(model, embeds, with_state=with_state)
         for layer_interval, sequence_interval in [(1, 2), (2, 4), (9, 3)]:
             grid = checkpointed(model, layer_interval, sequence_interval, order, state_interval)
@@ -137,10 +130,10 @@ def test_states_that_are_not_kept_are_made_again(with_state, state_interval, ord
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_embeddings_are_looked_up_in_the_grid(order, trained):
+def test_grid_looks_up_embeddings_by_segment(order, trained):
     model = trunk()
     model.embeddings.weight.requires_grad_(trained)
-    token_ids = torch.randint(0, 50, (2, 23))  # some come several times, in several segments
+    token_ids = torch.randint(0, 50, (2, 23))  # some tokens occur more than once, in different segments
     mask = left_padding([23, 17], 23)
     expected = step(model, token_ids, mask)
     for state_interval in (1, 2):
@@ -159,14 +152,14 @@ def test_embeddings_are_looked_up_in_the_grid(order, trained):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_of_token_ids_no_rows_are_kept(order):
+def test_grid_keeps_token_ids_instead_of_their_embeddings(order):
     model = checkpointed(trunk(residual_in_fp32=False), LAYERS, 8, order)
     kept = list(saved_by(model(input_ids=torch.randint(0, 50, (1, 40))).last_hidden_state))
     assert [tuple(tensor.shape) for tensor in kept if tensor.shape[:2] == (1, 40)] == [(1, 40)]
 
 
-def test_hooks_on_the_embeddings_see_them_whole():
-    """PEFT makes inputs want gradients by such a hook, and adapters add to what comes out."""
+def test_hooks_on_embeddings_get_the_whole_sequence():
+    """PEFT uses such a hook to require gradients of the inputs, and adapters add to its output."""
     model = trunk()
     model.embeddings.register_forward_hook(lambda module, inputs, output: output * 2)
     token_ids = torch.randint(0, 50, (2, 23))
@@ -180,10 +173,8 @@ def test_hooks_on_the_embeddings_see_them_whole():
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_embeddings_that_are_the_head_too(order):
-    torch.manual_seed(0)
-    config = tiny_text_config(num_hidden_layers=3)
-    model = Mamba2ForCausalLM(config).double().train()
+def test_tied_embeddings_get_the_gradients_of_both_uses(order):
+    model = tiny_mamba2(Mamba2ForCausalLM, num_hidden_layers=3)
     token_ids = torch.randint(0, 50, (2, 19))
     gradients = []
     for grid in (model, checkpointed(model.backbone, 2, 4, order)):
@@ -198,9 +189,9 @@ def test_embeddings_that_are_the_head_too(order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_left_padding_in_a_batch(order):
+def test_left_padded_batch_equals_the_plain_run(order):
     model = trunk()
-    embeds = torch.randn(4, 23, WIDTH, dtype=torch.float64)
+    embeds = random_embeddings(23, batch_size=4)
     mask = left_padding([23, 20, 11, 1], 23)
     expected = step(model, embeds, mask)
     assert_same(step(checkpointed(model, 2, 4, order), embeds, mask), expected)
@@ -210,7 +201,7 @@ FROZEN = {
     "everything": "",
     "the lowest layers": ("layers.0", "layers.1", "layers.2"),
     "the highest layers": ("layers.3", "layers.4", "norm_f"),
-    "a layer between": ("layers.2",),
+    "a middle layer": ("layers.2",),
     "all but the norms": ("embeddings", *(f"layers.{index}.mixer" for index in range(LAYERS))),
 }
 
@@ -218,30 +209,31 @@ FROZEN = {
 @pytest.mark.parametrize("input_gradient", [True, False], ids=["inputs trained", "inputs fixed"])
 @pytest.mark.parametrize("frozen", FROZEN)
 @pytest.mark.parametrize("order", ORDERS)
-def test_frozen_parameters(order, frozen, input_gradient):
+def test_frozen_parameters_get_no_gradient_and_others_equal_the_plain_run(order, frozen, input_gradient):
     model = trunk()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(FROZEN[frozen]))
-    embeds = torch.randn(2, 11, WIDTH, dtype=torch.float64)
+    embeds = random_embeddings(11)
     expected = step(model, embeds, input_gradient=input_gradient)
     assert_same(step(checkpointed(model, 2, 4, order), embeds, input_gradient=input_gradient), expected)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())
-def test_drawn_at_random(data):
+def test_random_cases_equal_the_plain_run(data):
     draw = data.draw
     layers = draw(st.integers(1, 4), "layers")
     length = draw(st.integers(1, 40), "length")
     batch_size = draw(st.integers(1, 3), "batch size")
     with_state = length > 1 and draw(st.booleans(), "state")
-    model = trunk(layers, n_groups=draw(st.sampled_from([1, 2]), "groups"), chunk_size=draw(st.sampled_from([4, 8])))
+    groups = draw(st.sampled_from([1, 2]), "groups")
+    model = trunk(num_hidden_layers=layers, n_groups=groups, chunk_size=draw(st.sampled_from([4, 8])))
     for parameter in model.parameters():
         parameter.requires_grad_(draw(st.integers(0, 3)) > 0)
     mask = None
     if not with_state and draw(st.booleans(), "padding"):
         mask = left_padding([draw(st.integers(1, length)) for _ in range(batch_size)], length)
-    embeds = torch.randn(batch_size, length, WIDTH, dtype=torch.float64)
+    embeds = random_embeddings(length, batch_size=batch_size)
     options = dict(with_state=with_state, input_gradient=draw(st.booleans(), "input gradient"))
     grid = checkpointed(
         model,
@@ -256,7 +248,7 @@ def test_drawn_at_random(data):
 
 
 class KeptWhole:
-    """Stands in for the checkpointing Function: the same walk over the same segments, all of it left to autograd."""
+    """Replaces the checkpointing Function by the same forward pass under plain autograd, without recomputation."""
 
     @staticmethod
     def apply(walk, hidden_states, *tensors):
@@ -270,45 +262,41 @@ class KeptWhole:
         return output, *(tensor for state in final for tensor in state if walk.returns_states)
 
 
-def lora(model):
-    torch.manual_seed(3)
-    config = LoraConfig(r=3, lora_dropout=0.4, target_modules=["in_proj"], init_lora_weights=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks a stock model by a name that is about to go
-        return get_peft_model(model, config).to(torch.float64)
+def with_dropout():
+    return lora(trunk(), lora_dropout=0.4)
 
 
 @pytest.mark.parametrize("state_interval", [1, 2])
 @pytest.mark.parametrize("order", ORDERS)
-def test_dropout_of_adapters_draws_the_same_masks_again(order, state_interval, monkeypatch):
-    embeds = torch.randn(2, 19, WIDTH, dtype=torch.float64)
-    grid = enable_multi_axis_checkpointing(lora(trunk()), 2, 4, order=order)
+def test_backward_repeats_the_dropout_masks_of_adapters(order, state_interval, monkeypatch):
+    embeds = random_embeddings()
+    grid = enable_multi_axis_checkpointing(with_dropout(), 2, 4, order=order)
     keeping_states(grid.base_model.model, state_interval)
     actual = step(grid, embeds)
     monkeypatch.setattr(checkpoint_grid, "_MultiAxisCheckpoint", KeptWhole)
     assert_same(actual, step(grid, embeds))
 
 
-def test_with_a_single_cell_dropout_is_that_of_the_plain_run():
-    embeds = torch.randn(2, 19, WIDTH, dtype=torch.float64)
-    plain = lora(trunk())
+def test_dropout_in_a_single_cell_equals_the_plain_run():
+    embeds = random_embeddings()
+    plain = with_dropout()
     assert_same(step(checkpointed(plain, LAYERS, 19), embeds), step(plain, embeds))
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_backward_leaves_the_random_state_alone(order):
-    grid = enable_multi_axis_checkpointing(lora(trunk()), 2, 4, order=order)
-    output = grid(inputs_embeds=torch.randn(1, 19, WIDTH, dtype=torch.float64)).last_hidden_state
+def test_backward_does_not_change_the_random_state(order):
+    grid = enable_multi_axis_checkpointing(with_dropout(), 2, 4, order=order)
+    output = grid(inputs_embeds=random_embeddings(batch_size=1)).last_hidden_state
     before = torch.get_rng_state()
     output.sum().backward()
     assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_autocast_holds_in_backward_too(order, monkeypatch):
-    monkeypatch.undo()  # float32 is meant here
+def test_backward_recomputes_under_autocast(order, monkeypatch):
+    monkeypatch.undo()  # of `in_double`: this test needs float32
     model = trunk(dtype=torch.float32)
-    embeds = torch.randn(2, 19, WIDTH)
+    embeds = random_embeddings(dtype=torch.float32)
     grid = checkpointed(model, 2, 4, order)
 
     def autocast_step(model):
@@ -324,14 +312,14 @@ def test_autocast_holds_in_backward_too(order, monkeypatch):
         ]
         return sum(errors) / len(errors)
 
-    assert 0 < mean_error(actual) < 1.3 * mean_error(plain)  # bf16 too, rounded in other places
+    assert 0 < mean_error(actual) < 1.3 * mean_error(plain)  # also bfloat16, with different rounding
     monkeypatch.setattr(checkpoint_grid, "_MultiAxisCheckpoint", KeptWhole)
-    assert_same(actual, autocast_step(grid), tolerance=1e-5)  # rounded in the same places
+    assert_same(actual, autocast_step(grid), tolerance=1e-5)  # the same rounding
 
 
-def test_autocast_does_not_remember_weights_cast_without_gradient():
+def test_autocast_caches_no_weights_cast_without_gradient():
     model = trunk(dtype=torch.float32)
-    embeds = torch.randn(1, 8, WIDTH)
+    embeds = random_embeddings(8, batch_size=1, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         checkpointed_model = enable_multi_axis_checkpointing(model, 2, 4)
         checkpointed_model(inputs_embeds=embeds)
@@ -340,20 +328,20 @@ def test_autocast_does_not_remember_weights_cast_without_gradient():
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_hooks_of_parameters_see_one_gradient(order):
+def test_parameter_hooks_get_one_gradient(order):
     grid = checkpointed(trunk(), 2, 4, order)
     seen = {name: [] for name, _ in grid.layers.named_parameters()}
     for name, parameter in grid.layers.named_parameters():
         parameter.register_hook(lambda gradient, name=name: seen[name].append("gradient"))
         parameter.register_post_accumulate_grad_hook(lambda parameter, name=name: seen[name].append("accumulated"))
-    grid(inputs_embeds=torch.randn(1, 19, WIDTH, dtype=torch.float64)).last_hidden_state.sum().backward()
+    grid(inputs_embeds=random_embeddings(batch_size=1)).last_hidden_state.sum().backward()
     assert all(events == ["gradient", "accumulated"] for events in seen.values())
 
 
-def test_a_parameter_of_several_layers():
+def test_parameter_shared_by_layers_gets_the_whole_gradient():
     model = trunk()
     model.layers[3].mixer.in_proj = model.layers[0].mixer.in_proj
-    embeds = torch.randn(2, 19, WIDTH, dtype=torch.float64)
+    embeds = random_embeddings()
     expected = step(model, embeds)
     for order in ORDERS:
         assert_same(step(checkpointed(model, 2, 4, order), embeds), expected)
@@ -361,15 +349,15 @@ def test_a_parameter_of_several_layers():
 
 def test_second_derivatives_are_refused():
     grid = checkpointed(trunk(), 2, 4)
-    embeds = torch.randn(1, 9, WIDTH, dtype=torch.float64, requires_grad=True)
+    embeds = random_embeddings(9, batch_size=1).requires_grad_()
     output = grid(inputs_embeds=embeds).last_hidden_state
     with pytest.raises(RuntimeError, match="first derivatives only"):
         torch.autograd.grad(output.sum(), embeds, create_graph=True)
 
 
-def test_backward_may_be_repeated_with_retain_graph():
+def test_backward_repeats_with_retain_graph():
     grid = checkpointed(trunk(), 2, 4)
-    loss = grid(inputs_embeds=torch.randn(1, 9, WIDTH, dtype=torch.float64)).last_hidden_state.sum()
+    loss = grid(inputs_embeds=random_embeddings(9, batch_size=1)).last_hidden_state.sum()
     loss.backward(retain_graph=True)
     once = [parameter.grad.clone() for parameter in grid.layers.parameters()]
     loss.backward()
@@ -377,17 +365,17 @@ def test_backward_may_be_repeated_with_retain_graph():
         torch.testing.assert_close(parameter.grad, 2 * gradient)
 
 
-def test_one_token_that_continues_a_state_is_refused():
+def test_single_token_with_a_state_is_refused():
     grid = checkpointed(trunk(), 2, 4)
     with pytest.raises(ValueError, match="single token"):
-        step(grid, torch.randn(1, 1, WIDTH, dtype=torch.float64), with_state=True)
+        step(grid, random_embeddings(1, batch_size=1), with_state=True)
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kept", ["some", "first", "none"])
-def test_positions_to_keep(order, kept):
+def test_positions_to_keep_selects_rows_and_their_gradients(order, kept):
     model = trunk()
-    embeds = torch.randn(3, 19, WIDTH, dtype=torch.float64)
+    embeds = random_embeddings(batch_size=3)
     generator = torch.Generator().manual_seed(0)
     mask = {
         "some": torch.rand(3, 19, generator=generator) < 0.3,
@@ -410,7 +398,7 @@ def test_positions_to_keep(order, kept):
 
 
 def saved_by(output):
-    """What the graph behind a tensor keeps, node by node."""
+    """The tensors that the graph of `output` keeps."""
     nodes, seen = [output.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -422,10 +410,10 @@ def saved_by(output):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_what_is_kept_pins_no_more_than_itself(order):
+def test_kept_tensors_own_their_storage(order):
     model = checkpointed(trunk(residual_in_fp32=False), 2, 8, order)
     config, length = model.config, 40
-    embeds = torch.randn(2, length, WIDTH, dtype=torch.float64, requires_grad=True)
+    embeds = random_embeddings(length).requires_grad_()
     kept = list(saved_by(model(inputs_embeds=embeds).last_hidden_state))
     for tensor in kept:
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
@@ -438,13 +426,13 @@ def test_what_is_kept_pins_no_more_than_itself(order):
     assert sum(tensor.numel() for tensor in kept) == 2 * (rows * length * WIDTH + 1 * LAYERS * state)
 
 
-# How often a layer runs for each segment in forward and backward together, for intervals of 1, 2 and all 5 layers.
+# Forward passes of each layer per segment, in forward and backward together, for intervals of 1, 2 and all 5 layers.
 RUNS = {"layer-major": [[2] * 5] * 3, "sequence-major": [[3, 3, 3, 3, 2], [3, 3, 3, 3, 2], [2] * 5]}
 
 
 @pytest.mark.parametrize("case", range(3), ids=["cells of 1 layer", "cells of 2 layers", "whole columns"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_what_is_computed_again(order, case):
+def test_each_layer_runs_as_often_as_the_order_requires(order, case):
     model = checkpointed(trunk(), [1, 2, 5][case], 8, order)
     runs = [0] * LAYERS
     for index, layer in enumerate(model.layers):
@@ -453,16 +441,16 @@ def test_what_is_computed_again(order, case):
             runs[index] += 1
 
         layer.mixer.register_forward_pre_hook(count)
-    embeds = torch.randn(1, 40, WIDTH, dtype=torch.float64)
+    embeds = random_embeddings(40, batch_size=1)
     model(inputs_embeds=embeds).last_hidden_state.sum().backward()
     assert runs == [5 * times for times in RUNS[order][case]]
-    keeping_states(model, 3)  # of segments 0, 1, 2 and 3, 4 all but the last once more
+    keeping_states(model, 3)  # runs 3 of 5 segments once more: all but the last of segments 0 to 2 and 3 to 4
     model(inputs_embeds=embeds).last_hidden_state.sum().backward()
     assert runs == [2 * 5 * times + 3 for times in RUNS[order][case]]
 
 
 class Held:
-    """A tensor that autograd keeps, counted for as long as it does."""
+    """A tensor that autograd keeps. The class counts the elements of all tensors kept now, and their peak."""
 
     now = peak = 0
 
@@ -476,11 +464,11 @@ class Held:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_backward_holds_one_cell_whatever_the_length(order):
+def test_backward_memory_does_not_grow_with_the_length(order):
     peaks = []
     for length in (16, 32, 160):
         model = checkpointed(trunk(), 2, 8, order)
-        loss = model(inputs_embeds=torch.randn(1, length, WIDTH, dtype=torch.float64)).last_hidden_state.sum()
+        loss = model(inputs_embeds=random_embeddings(length, batch_size=1)).last_hidden_state.sum()
         Held.now = Held.peak = 0
         with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
             loss.backward()
@@ -488,12 +476,12 @@ def test_backward_holds_one_cell_whatever_the_length(order):
     assert 0 < peaks[0] == peaks[1] == peaks[2]
 
 
-def test_a_layer_that_transformers_would_checkpoint_is_not_restored_twice():
+def test_stock_checkpointing_does_not_restore_layers_twice():
     model = checkpointed(trunk(), 2, 8)
     plain = trunk()
-    embeds = torch.randn(1, 20, WIDTH, dtype=torch.float64)
+    embeds = random_embeddings(20, batch_size=1)
     expected = step(plain, embeds)
-    model.activation_checkpointing_enable()  # of the stock model: a flag on each layer
+    model.activation_checkpointing_enable()  # the stock method, which sets a flag on each layer
     assert model.is_activation_checkpointing
     calls = []
     model.layers[0].mixer.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -501,11 +489,10 @@ def test_a_layer_that_transformers_would_checkpoint_is_not_restored_twice():
     assert len(calls) == 2 * 3
 
 
-def test_many_cells_do_not_round_half_precision_gradients_away(monkeypatch):
-    monkeypatch.undo()
-    torch.manual_seed(0)
-    model = trunk(1, dtype=torch.float32)
-    embeds = torch.randn(1, 600, WIDTH)
+def test_bfloat16_gradients_keep_their_precision_over_many_cells(monkeypatch):
+    monkeypatch.undo()  # of `in_double`: this test needs float32
+    model = trunk(num_hidden_layers=1, dtype=torch.float32)
+    embeds = random_embeddings(600, batch_size=1, dtype=torch.float32)
     expected = step(model, embeds)
     half = step(checkpointed(model.to(torch.bfloat16), 1, 2), embeds.bfloat16())
     plain = step(model, embeds.bfloat16())
@@ -517,22 +504,21 @@ def test_many_cells_do_not_round_half_precision_gradients_away(monkeypatch):
     assert error(half) < 1.5 * error(plain)
 
 
-def test_layers_that_are_no_sub_modules_of_a_model_work_too():
-    """The engine asks nothing of the model around the layers."""
+def test_engine_runs_layers_without_their_model():
     model = trunk()
     layers = nn.ModuleList(model.layers)
-    embeds = torch.randn(1, 12, WIDTH, dtype=torch.float64)
+    embeds = random_embeddings(12, batch_size=1)
     plan = plan_checkpoints(model.config, 12, layer_interval=2, sequence_interval=4)
     output = checkpoint_grid.run_checkpointed(list(layers), embeds, plan, final_norm=model.norm_f)
     torch.testing.assert_close(output, model(inputs_embeds=embeds).last_hidden_state, rtol=1e-12, atol=1e-12)
 
 
-def test_the_first_version_of_fsdp_is_refused():
+def test_fsdp1_is_refused():
     model = checkpointed(trunk(), 2, 4)
-    model.layers[1]._is_fsdp_managed_module = True  # as its constructor says of what is inside
-    model.layers[1].parameters = lambda: iter(())  # they are tensors then, parts of a flat one
+    model.layers[1]._is_fsdp_managed_module = True  # FSDP1 sets this on modules inside
+    model.layers[1].parameters = lambda: iter(())  # FSDP1 replaces parameters by views of one flat tensor
     with pytest.raises(RuntimeError, match="fsdp_version: 2"):
-        model(inputs_embeds=torch.randn(1, 8, WIDTH, dtype=torch.float64))
+        model(inputs_embeds=random_embeddings(8, batch_size=1))
 
 
 def pruned(model):
@@ -546,39 +532,39 @@ def reversed_layers(model):
 
 
 def doubled(model):
-    """Copies of two layers behind them, with the numbers of the originals."""
+    """Two copied layers follow their originals, with the same `layer_idx`."""
     model.layers = nn.ModuleList([*model.layers[:3], *copy.deepcopy(model.layers[1:3]), *model.layers[3:]])
     return model
 
 
 def repeated(model):
-    """One layer in two places: the same weights."""
+    """One layer stands in two places."""
     model.layers.append(model.layers[0])
     return model
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("change", [pruned, reversed_layers, doubled, repeated])
-def test_layers_whose_place_is_not_their_number(change, order):
+def test_changed_layer_lists_equal_the_plain_run(change, order):
     model = change(trunk())
-    embeds = torch.randn(2, 19, WIDTH, dtype=torch.float64)
+    embeds = random_embeddings()
     expected = step(model, embeds)
     for layer_interval in (1, 2, 9):
         assert_same(step(checkpointed(model, layer_interval, 4, order), embeds), expected)
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_state_is_where_the_layer_looks_for_it(order):
-    """In a cache as long as the model was before it was pruned."""
+def test_states_of_a_pruned_model_stand_under_layer_idx(order):
+    """The cache has as many layers as the model had before it was pruned."""
     model = pruned(trunk())
-    embeds = torch.randn(2, 19, WIDTH, dtype=torch.float64)
+    embeds = random_embeddings()
     expected = step(model, embeds, with_state=True)
     assert any(tensor is not None for name, tensor in expected.items() if name.startswith("initial state"))
     assert_same(step(checkpointed(model, 1, 4, order), embeds, with_state=True), expected)
 
 
-def test_a_state_without_a_place_of_its_own_is_refused():
-    embeds = torch.randn(2, 19, WIDTH, dtype=torch.float64)
+def test_states_without_a_cache_layer_of_their_own_are_refused():
+    embeds = random_embeddings()
     with pytest.raises(ValueError, match=r"layers\.1 and layers\.3 both keep their state under layer_idx 1 .* own"):
         step(checkpointed(doubled(trunk()), 2, 4), embeds, with_state=True)
     model = checkpointed(pruned(trunk()), 2, 4)
@@ -589,11 +575,11 @@ def test_a_state_without_a_place_of_its_own_is_refused():
 
 @contextmanager
 def each_tensor_once():
-    """Gives what autograd keeps back to whoever asks first, and to nobody else."""
+    """Lets each tensor that autograd keeps be unpacked only once."""
     given = []
 
     def unpack(packed):
-        assert packed, "asked for twice"
+        assert packed, "unpacked twice"
         given.append(None)
         return packed.pop()
 
@@ -602,9 +588,9 @@ def each_tensor_once():
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_kept_tensors_are_asked_for_once(order):
+def test_backward_unpacks_kept_tensors_once(order):
     model = checkpointed(trunk(), 2, 4, order)
-    embeds = torch.randn(2, 19, WIDTH, dtype=torch.float64)
+    embeds = random_embeddings()
     expected = step(model, embeds, left_padding([19, 9], 19), with_state=True)
     with each_tensor_once() as given:
         assert_same(step(model, embeds, left_padding([19, 9], 19), with_state=True), expected, tolerance=0)
@@ -612,9 +598,9 @@ def test_kept_tensors_are_asked_for_once(order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_inside_checkpoints_of_pytorch_and_with_tensors_saved_on_the_cpu(order):
+def test_grid_works_inside_pytorch_checkpoints_and_save_on_cpu(order):
     model = trunk()
-    embeds = torch.randn(2, 19, WIDTH, dtype=torch.float64)
+    embeds = random_embeddings()
     expected = step(model, embeds)
     grid = checkpointed(model, 2, 4, order)
     forward = grid.forward
