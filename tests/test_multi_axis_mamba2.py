@@ -1,21 +1,17 @@
-"""A checkpointed `Mamba2ForCausalLM`: the stock loss and gradients, and never the whole logits."""
+"""A checkpointed `Mamba2ForCausalLM` gives the stock loss and gradients, and never computes the logits at once."""
 
 import copy
-import warnings
+from functools import partial
 
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from comparison import assert_same
+from comparison import LargestTensor, assert_same
 from datasets_in_memory import RowsDataset
-from double_precision import compute_in_double
-from peft import LoraConfig, get_peft_model
-from tiny import tiny_text_config
+from tiny import WIDTH, lora, random_embeddings, tiny_mamba2
 from torch.autograd import forward_ad
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.nn.modules.module import register_module_forward_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import Mamba2ForCausalLM, Trainer, TrainingArguments
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Block
 
@@ -23,15 +19,8 @@ from transformers_ma2mba import enable_multi_axis_checkpointing, loss_in_pieces
 from transformers_ma2mba.multi_axis_checkpointing import disable_multi_axis_checkpointing
 from transformers_ma2mba.recurrent_state import LayerState, write_state
 
-
-@pytest.fixture(autouse=True)
-def double(monkeypatch):
-    compute_in_double(monkeypatch)
-
-
-def causal_lm(**options) -> Mamba2ForCausalLM:
-    torch.manual_seed(0)
-    return Mamba2ForCausalLM(tiny_text_config(num_hidden_layers=3, **options)).double().train()
+pytestmark = pytest.mark.usefixtures("in_double")
+causal_lm = partial(tiny_mamba2, Mamba2ForCausalLM, num_hidden_layers=3)
 
 
 def batch(supervised="some") -> dict:
@@ -52,6 +41,16 @@ def step(model, **inputs) -> dict:
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def checkpointed(model):
+    """A copy of the model that runs in a grid of several cells."""
+    return enable_multi_axis_checkpointing(copy.deepcopy(model), 2, 4)
+
+
+def assert_stock_step(plain, **inputs):
+    """Asserts that checkpointing does not change loss and gradients."""
+    assert_same(step(checkpointed(plain), **inputs), step(plain, **inputs))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("supervised", ["all", "some"])
 @pytest.mark.parametrize(
@@ -65,55 +64,39 @@ def step(model, **inputs) -> dict:
     ],
     ids=lambda options: "+".join(options) or "plain",
 )
-def test_loss_and_gradients_are_the_stock_ones(options, supervised, tied):
-    plain = causal_lm(tie_word_embeddings=tied)
-    model = enable_multi_axis_checkpointing(copy.deepcopy(plain), 2, 4)
+def test_loss_and_gradients_equal_the_stock_ones(options, supervised, tied):
     inputs = batch(supervised) | options
     if "ignore_index" in options:
         inputs["labels"] = inputs["labels"].clamp(min=0).masked_fill(inputs["labels"] < 0, 7)
-    assert_same(step(model, **inputs), step(plain, **inputs))
+    assert_stock_step(causal_lm(tie_word_embeddings=tied), **inputs)
 
 
-def test_labels_that_are_shifted_already():
-    plain = causal_lm()
+def test_shift_labels_replace_labels():
     inputs = batch()
-    inputs["shift_labels"] = inputs["labels"].roll(-2, 1)  # none of these would come of `labels`
-    model = enable_multi_axis_checkpointing(copy.deepcopy(plain), 2, 4)
-    assert_same(step(model, **inputs), step(plain, **inputs))
+    inputs["shift_labels"] = inputs["labels"].roll(-2, 1)  # by 2, while the model shifts `labels` by 1
+    assert_stock_step(causal_lm(), **inputs)
 
 
-def test_nothing_to_learn():
-    found = step(enable_multi_axis_checkpointing(causal_lm(), 2, 4), **batch("none"))
+def test_batch_without_supervised_tokens_has_zero_loss_and_gradients():
+    found = step(checkpointed(causal_lm()), **batch("none"))
     assert found["loss"] == 0 and not any(tensor.any() for tensor in found.values())
 
 
-class LargestTensor(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        results = function(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
-        self.numel = max([self.numel, *sizes])
-        return results
-
-
-def test_no_tensor_of_tokens_times_vocabulary(monkeypatch):
+def test_training_makes_no_tensor_of_tokens_times_vocabulary(monkeypatch):
     model = enable_multi_axis_checkpointing(causal_lm(), 2, 100)
     inputs = dict(input_ids=torch.randint(2, 300, (1, 1000)))
     monkeypatch.setattr(loss_in_pieces, "_BYTES_OF_A_PIECE", 64 * 384 * 8)
     with LargestTensor() as made:
         step(model, **inputs, labels=inputs["input_ids"])
-    assert made.numel < 100 * 384  # the head's weight has 384 x 32, all logits 1000 x 384
+    assert made.numel < 100 * 384  # the head's weight has 384 x 32 elements, all logits have 1000 x 384
     with LargestTensor() as made:
         model(**inputs)
     assert made.numel == 1000 * 384
 
 
-def test_where_there_are_logits():
+def test_logits_are_computed_except_in_a_training_step():
     plain, inputs = causal_lm(), batch()
-    model = enable_multi_axis_checkpointing(copy.deepcopy(plain), 2, 4)
+    model = checkpointed(plain)
     assert model(**inputs).logits is None
     assert len(model(**inputs, return_dict=False)) == 1
     for options in ({"labels": None}, {"logits_to_keep": 23}):
@@ -126,45 +109,26 @@ def test_where_there_are_logits():
     assert type(model) is Mamba2ForCausalLM
 
 
-def test_a_loss_of_the_users_gets_logits():
-    model = enable_multi_axis_checkpointing(causal_lm(), 2, 4)
+def test_custom_loss_function_gets_logits():
+    model = checkpointed(causal_lm())
     seen = []
     model.loss_function = lambda logits, labels, **kwargs: seen.append(logits.shape) or logits.square().mean()
     step(model, **batch())
     assert seen == [(2, 23, 384)]
 
 
-def test_under_peft():
-    inputs, results = batch(), []
-    for enabled in (False, True):
-        torch.manual_seed(1)
-        config = LoraConfig(r=3, target_modules=["in_proj", "lm_head"], init_lora_weights=False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks a stock model by a name that is about to go
-            model = get_peft_model(causal_lm(), config).double()
-        if enabled:
-            enable_multi_axis_checkpointing(model, 2, 4)
-            assert model(**inputs).logits is None
-        results.append(step(model, **inputs))
-    assert_same(*reversed(results))
+@pytest.mark.parametrize(
+    "tied, options",
+    [(True, {"target_modules": ["in_proj", "lm_head"]}), (False, {"modules_to_save": ["lm_head"]})],
+    ids=["adapter of the head", "trained head"],
+)
+def test_peft_model_gives_the_stock_step(tied, options):
+    model = lora(causal_lm(tie_word_embeddings=tied), **options)
+    assert checkpointed(model)(**batch()).logits is None
+    assert_stock_step(model, **batch())
 
 
-def test_a_head_that_peft_trains_whole():
-    inputs, results = batch(), []
-    for enabled in (False, True):
-        torch.manual_seed(1)
-        config = LoraConfig(r=3, target_modules=["in_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            model = get_peft_model(causal_lm(tie_word_embeddings=False), config).double()
-        if enabled:
-            enable_multi_axis_checkpointing(model, 2, 4)
-            assert model(**inputs).logits is None
-        results.append(step(model, **inputs))
-    assert_same(*reversed(results))
-
-
-def test_in_trainer(tmp_path):
+def test_trainer_gives_the_stock_weights(tmp_path):
     rows = RowsDataset([batch(), batch("all")])
     weights = []
     for enabled in (False, True):
@@ -193,52 +157,43 @@ def test_in_trainer(tmp_path):
 
 
 def centre(module, args, outputs):
+    """A hook that subtracts the mean over all positions."""
     outputs.last_hidden_state = outputs.last_hidden_state - outputs.last_hidden_state.mean(1, keepdim=True)
     return outputs
 
 
-def test_hooks_of_the_trunk_see_all_rows():
-    results = []
-    for enabled in (False, True):
-        model = causal_lm()
-        model.backbone.register_forward_hook(centre)
-        if enabled:
-            enable_multi_axis_checkpointing(model, 2, 4)
-        results.append(step(model, **batch()))
-    assert_same(*reversed(results))
+def test_hooks_of_the_backbone_get_all_rows():
+    model = causal_lm()
+    model.backbone.register_forward_hook(centre)
+    assert_stock_step(model, **batch())
 
 
 class Mixing(torch.nn.Linear):
-    """A head that does not treat each row by itself."""
+    """A head whose rows depend on each other."""
 
     def forward(self, rows):
         return super().forward(rows - rows.mean(-2, keepdim=True))
 
 
-def test_a_head_that_accelerate_moves_rows_to():
+def test_head_with_an_accelerate_hook_takes_pieces():
     plain = causal_lm(tie_word_embeddings=False)
-    model = enable_multi_axis_checkpointing(copy.deepcopy(plain), 2, 4)
+    model = checkpointed(plain)
     add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device="cpu"))
     assert model(**batch()).logits is None
     assert_same(step(model, **batch()), step(plain, **batch()))
 
 
-def test_a_head_of_another_class_gets_all_rows():
-    results = []
-    for enabled in (False, True):
-        model = causal_lm(tie_word_embeddings=False)
-        head = Mixing(32, 384, bias=False).double()
-        head.weight = model.lm_head.weight
-        model.lm_head = head
-        if enabled:
-            enable_multi_axis_checkpointing(model, 2, 4)
-        results.append(step(model, **batch()))
-    assert_same(*reversed(results))
+def test_head_of_another_class_gets_all_rows():
+    model = causal_lm(tie_word_embeddings=False)
+    head = Mixing(WIDTH, 384, bias=False).double()
+    head.weight = model.lm_head.weight
+    model.lm_head = head
+    assert_stock_step(model, **batch())
 
 
 @pytest.mark.parametrize("kind", ["module", "global"])
-def test_hooks_of_the_embeddings_see_them_whole(kind):
-    """A hook of the backward pass, and one that scales what every embedding gives."""
+def test_hooks_on_embeddings_get_the_whole_sequence(kind):
+    """The module's hook scales the gradient of its output; the global hook scales its output."""
     results = []
     for enabled in (False, True):
         model = causal_lm()
@@ -258,25 +213,21 @@ def test_hooks_of_the_embeddings_see_them_whole(kind):
     assert_same(*reversed(results))
 
 
-def test_a_mask_of_more_than_padding():
-    plain, inputs = causal_lm(), batch()
+def test_fractional_masks_give_the_stock_step():
+    inputs = batch()
     inputs["attention_mask"] = torch.ones(2, 23, dtype=torch.float64)
     inputs["attention_mask"][0, 5:9] = 0.5
-    model = enable_multi_axis_checkpointing(copy.deepcopy(plain), 2, 4)
-    assert_same(step(model, **inputs), step(plain, **inputs))
+    assert_stock_step(causal_lm(), **inputs)
 
 
-def test_what_sees_the_whole_sequence_is_refused():
-    model = causal_lm()
-    config = LoraConfig(r=3, target_modules=["in_proj"], alora_invocation_tokens=[5], task_type="CAUSAL_LM")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        model = enable_multi_axis_checkpointing(get_peft_model(model, config))
+def test_adapters_that_count_positions_are_refused():
+    model = lora(causal_lm(), alora_invocation_tokens=[5], task_type="CAUSAL_LM", init_lora_weights=True)
+    enable_multi_axis_checkpointing(model)
     with pytest.raises(ValueError, match="activated LoRA adapter, which counts positions"):
         model(**batch())
 
 
-def test_layers_that_others_checkpoint_are_refused():
+def test_layers_in_a_checkpoint_wrapper_are_refused():
     model = causal_lm()
     apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Mamba2Block))
     enable_multi_axis_checkpointing(model, 2, 4)
@@ -284,14 +235,14 @@ def test_layers_that_others_checkpoint_are_refused():
         model(**batch())
 
 
-def test_forward_mode_is_refused():
+def test_forward_mode_derivatives_are_refused():
     model = enable_multi_axis_checkpointing(causal_lm().requires_grad_(False).backbone)
-    rows = torch.randn(1, 9, 32, dtype=torch.float64)
+    rows = random_embeddings(9)
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivatives"):
         model(inputs_embeds=forward_ad.make_dual(rows, torch.ones_like(rows)))
 
 
-def test_a_cache_of_some_layers_is_refused():
+def test_cache_with_states_of_some_layers_is_refused():
     model = causal_lm().backbone
     with torch.no_grad():
         cache = model(torch.arange(9)[None], use_cache=True).cache_params
@@ -300,7 +251,7 @@ def test_a_cache_of_some_layers_is_refused():
         enable_multi_axis_checkpointing(model)(torch.arange(9)[None], cache_params=cache)
 
 
-def test_nothing_is_left_on_the_layers():
-    model = enable_multi_axis_checkpointing(causal_lm(), 2, 4)
+def test_step_leaves_no_attributes_on_the_layers():
+    model = checkpointed(causal_lm())
     step(model, **batch())
     assert not any("gradient_checkpointing" in vars(layer) for layer in model.backbone.layers)

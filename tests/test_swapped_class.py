@@ -1,32 +1,25 @@
-"""A checkpointed model's class: what copies, pickles, replicas, wrappers and subclasses make of it."""
+"""The class of a checkpointed model, under copies, pickles, replicas, wrappers and subclasses."""
 
 import copy
 import pickle
 import subprocess
 import sys
+from functools import partial
 from types import MethodType
 
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from comparison import assert_same
-from double_precision import compute_in_double
-from tiny import ROOT, tiny_config, tiny_model, tiny_text_config
+from tiny import ROOT, tiny_config, tiny_mamba2, tiny_model
 from torch import nn
 from transformers import Mamba2ForCausalLM, Mamba2Model
 
 from transformers_ma2mba import enable_multi_axis_checkpointing, multi_axis_mamba2
 from transformers_ma2mba.multi_axis_checkpointing import disable_multi_axis_checkpointing, is_multi_axis_checkpointed
 
-
-@pytest.fixture(autouse=True)
-def double(monkeypatch):
-    compute_in_double(monkeypatch)
-
-
-def trunk(cls=Mamba2Model) -> Mamba2Model:
-    torch.manual_seed(0)
-    return cls(tiny_text_config(num_hidden_layers=3)).double().train()
+pytestmark = pytest.mark.usefixtures("in_double")
+trunk = partial(tiny_mamba2, num_hidden_layers=3)
 
 
 def enable(model):
@@ -46,7 +39,7 @@ def gradients(model, **inputs) -> dict:
 
 @pytest.fixture
 def walks(monkeypatch):
-    """How often a grid has been walked."""
+    """A list that gets an element whenever a model runs in the grid."""
     walked, run = [], multi_axis_mamba2.run_checkpointed
 
     def count(*args, **options):
@@ -55,6 +48,18 @@ def walks(monkeypatch):
 
     monkeypatch.setattr(multi_axis_mamba2, "run_checkpointed", count)
     return walked
+
+
+def assert_switchable(model, expected, walks):
+    """Compares gradients while the model is checkpointed, after disabling it, and after enabling it again."""
+    assert_same(gradients(model), expected)
+    assert walks == [1]
+    disable_multi_axis_checkpointing(model)
+    assert_same(gradients(model), expected)
+    assert walks == [1]
+    enable(model)
+    assert_same(gradients(model), expected)
+    assert walks == [1, 1]
 
 
 def pickled(model):
@@ -67,13 +72,13 @@ def saved_whole(model, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["copied", "pickled", "saved"])
-def test_copies_are_checkpointed_as_the_model_is(how, walks, tmp_path):
+def test_copies_are_checkpointed_like_the_model(how, walks, tmp_path):
     model = enable(trunk())
     model._multi_axis_checkpointing.plan(model, IDS)
     other = {"copied": copy.deepcopy, "pickled": pickled, "saved": lambda m: saved_whole(m, tmp_path)}[how](model)
     assert type(other) is type(model) and other._multi_axis_checkpointing is not model._multi_axis_checkpointing
     with torch.no_grad():
-        other.layers[0].mixer.in_proj.weight.mul_(0.5)  # so that it would be seen which of both runs
+        other.layers[0].mixer.in_proj.weight.mul_(0.5)  # so that the gradients tell the copy from the model
         expected = copy.deepcopy(trunk())
         expected.layers[0].mixer.in_proj.weight.mul_(0.5)
     assert_same(gradients(other), gradients(expected))
@@ -82,7 +87,7 @@ def test_copies_are_checkpointed_as_the_model_is(how, walks, tmp_path):
     assert type(other) is Mamba2Model and is_multi_axis_checkpointed(model)
 
 
-def test_a_whole_model_is_pickled(tmp_path):
+def test_pickled_model_is_still_checkpointed(tmp_path):
     model = tiny_model(tiny_config()).train()
     model.gradient_checkpointing_enable()
     loaded = saved_whole(model, tmp_path)
@@ -90,7 +95,7 @@ def test_a_whole_model_is_pickled(tmp_path):
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
-def test_another_process_unpickles_it(tmp_path):
+def test_another_process_can_unpickle_the_model(tmp_path):
     torch.save(enable(trunk()).float(), tmp_path / "model.pt")
     script = (
         "import sys, torch; model = torch.load(sys.argv[1], weights_only=False);"
@@ -102,7 +107,7 @@ def test_another_process_unpickles_it(tmp_path):
     assert done.stdout.split() == ["1"], done.stderr
 
 
-def test_the_class_says_what_it_stands_for():
+def test_swapped_class_looks_like_the_original():
     model = enable(trunk())
     assert isinstance(model, Mamba2Model)
     assert type(model).__name__ == "Mamba2Model" and repr(model) == repr(trunk())
@@ -113,13 +118,13 @@ def test_the_class_says_what_it_stands_for():
     assert type(disable_multi_axis_checkpointing(model)) is Mamba2Model
 
 
-def test_a_saved_model_names_the_class_that_it_had(tmp_path):
+def test_saved_configuration_names_the_original_class(tmp_path):
     enable(trunk()).save_pretrained(tmp_path)
     assert Mamba2Model.from_pretrained(tmp_path).config.architectures == ["Mamba2Model"]
 
 
 def replica_of(module):
-    """As DataParallel makes one: tensors that are no leaves, and no parameters."""
+    """A replica as DataParallel makes it: its tensors are not leaves, and it has no parameters."""
     replicas = {}
     for inner in module.modules():
         replicas[inner] = inner._replicate_for_data_parallel()
@@ -137,7 +142,7 @@ def replica_of(module):
     return replicas[module]
 
 
-def test_replicas_of_data_parallel_run_themselves(walks):
+def test_data_parallel_replicas_pass_gradients_to_the_model(walks):
     expected = gradients(trunk())
     model = enable(trunk())
     replica = replica_of(model)
@@ -149,6 +154,8 @@ def test_replicas_of_data_parallel_run_themselves(walks):
 
 
 class Counting(ModelHook):
+    """A hook that counts the forward passes."""
+
     def __init__(self):
         self.calls = 0
 
@@ -159,7 +166,7 @@ class Counting(ModelHook):
 
 @pytest.mark.parametrize("first", ["hooked", "enabled"])
 @pytest.mark.parametrize("removed", [False, True])
-def test_beside_the_hooks_of_accelerate(first, removed, walks):
+def test_accelerate_hooks_survive_switching(first, removed, walks):
     expected, model, hook = gradients(trunk()), trunk(), Counting()
     if first == "enabled":
         enable(model)
@@ -168,17 +175,11 @@ def test_beside_the_hooks_of_accelerate(first, removed, walks):
         enable(model)
     if removed:
         remove_hook_from_module(model)
-    assert_same(gradients(model), expected)
-    assert walks == [1] and hook.calls == (not removed)
-    disable_multi_axis_checkpointing(model)
-    assert_same(gradients(model), expected)
-    assert walks == [1]
-    enable(model)
-    assert_same(gradients(model), expected)
-    assert walks == [1, 1]
+    assert_switchable(model, expected, walks)
+    assert hook.calls == (0 if removed else 3)
 
 
-def test_a_forward_replaced_on_the_instance_is_refused():
+def test_forward_replaced_on_the_instance_is_refused():
     model = trunk()
     forward = model.forward
     model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
@@ -188,12 +189,9 @@ def test_a_forward_replaced_on_the_instance_is_refused():
 
 
 @pytest.mark.parametrize("cls", ["trunk", "causal model", "subclass"])
-def test_a_wrapper_put_around_the_forward_outlives_disabling(cls):
-    """As accelerate's mixed precision does it."""
-    model = trunk(Doubling) if cls == "subclass" else trunk()
-    if cls == "causal model":
-        torch.manual_seed(0)
-        model = Mamba2ForCausalLM(tiny_text_config(num_hidden_layers=3)).double().train()
+def test_wrapper_of_the_forward_survives_disabling(cls):
+    """Mixed precision in accelerate wraps the forward like this."""
+    model = trunk({"trunk": Mamba2Model, "causal model": Mamba2ForCausalLM, "subclass": Doubling}[cls])
     with torch.no_grad():
         expected = model(IDS)[0]
     enable(model)
@@ -204,7 +202,7 @@ def test_a_wrapper_put_around_the_forward_outlives_disabling(cls):
 
 
 class Doubling(Mamba2Model):
-    """A forward of its own around the stock one."""
+    """Its forward calls the stock forward."""
 
     def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
         if inputs_embeds is None:
@@ -213,7 +211,7 @@ class Doubling(Mamba2Model):
 
 
 class Looping(Mamba2Model):
-    """A forward of its own in place of the stock one."""
+    """Its forward replaces the stock forward."""
 
     def forward(self, input_ids=None, **kwargs):
         rows = self.embeddings(input_ids)
@@ -222,7 +220,7 @@ class Looping(Mamba2Model):
         return multi_axis_mamba2.Mamba2Output(last_hidden_state=self.norm_f(rows))
 
 
-def test_a_subclass_keeps_the_forward_of_its_own(walks):
+def test_subclass_keeps_its_own_forward(walks):
     expected = gradients(trunk(Doubling))
     for model in (enable(trunk(Doubling)), pickled(enable(trunk(Doubling))), copy.deepcopy(enable(trunk(Doubling)))):
         assert isinstance(model, Doubling)
@@ -233,7 +231,7 @@ def test_a_subclass_keeps_the_forward_of_its_own(walks):
     assert type(disable_multi_axis_checkpointing(model)) is Doubling
 
 
-def test_a_subclass_that_never_comes_to_the_grid_is_refused():
+def test_subclass_that_does_not_call_the_stock_forward_is_refused():
     model = enable(trunk(Looping))
     with pytest.raises(RuntimeError, match=r"Looping has a forward of its own.*super\(\).forward"):
         model(IDS)
@@ -243,34 +241,27 @@ def test_a_subclass_that_never_comes_to_the_grid_is_refused():
     model(IDS).last_hidden_state.sum().backward()
 
 
-def test_a_wrapper_that_builds_upon_the_class(walks):
-    """As fully_shard does: then the class stays, and the settings alone go."""
+def test_class_derived_from_the_swapped_class_can_be_disabled(walks):
+    """`fully_shard` derives such a class. Disabling then keeps the class, and removes the settings only."""
     expected, model = gradients(trunk()), enable(trunk())
     model.__class__ = type("Wrapped", (nn.Module, type(model))[1:], {})
-    assert_same(gradients(model), expected)
-    disable_multi_axis_checkpointing(model)
-    assert_same(gradients(model), expected)
-    assert walks == [1]
-    enable(model)
-    assert_same(gradients(model), expected)
-    assert walks == [1, 1]
+    assert_switchable(model, expected, walks)
 
 
-def test_marks_for_zero_3_go_when_it_is_disabled():
+def test_disabling_removes_the_marks_for_zero_3():
     model = trunk()
-    model.layers[1]._z3_leaf = True  # the user's
+    model.layers[1]._z3_leaf = True  # set by the user
     enable(enable(model))
     assert all(layer._z3_leaf for layer in model.layers)
     disable_multi_axis_checkpointing(model)
     assert [hasattr(layer, "_z3_leaf") for layer in model.layers] == [False, True, False]
     enable(model)
     for layer in model.layers:
-        layer.ds_id = 0  # DeepSpeed has hung its hooks on them since
+        layer.ds_id = 0  # DeepSpeed has added its hooks in the meantime, so the marks must stay
     disable_multi_axis_checkpointing(model)
     assert all(layer._z3_leaf for layer in model.layers)
 
 
-def test_a_causal_model_inside_out():
-    torch.manual_seed(0)
-    model = enable(Mamba2ForCausalLM(tiny_text_config()).double().train())
+def test_pickled_causal_model_has_a_checkpointed_backbone():
+    model = enable(trunk(Mamba2ForCausalLM, num_hidden_layers=2))
     assert isinstance(pickled(model).backbone, multi_axis_mamba2.MultiAxisMamba2Model)
