@@ -1,4 +1,4 @@
-"""The loss in pieces against Transformers' own, on the logits of all positions at once."""
+"""The loss in pieces against Transformers' own loss, which takes the logits of all positions at once."""
 
 import copy
 import weakref
@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from double_precision import compute_in_double
+from comparison import LargestTensor
 from peft import LoraConfig, inject_adapter_in_model
 from tiny import tiny_text_config
 from torch import nn
@@ -27,19 +27,13 @@ IGNORED = [0, 7, 8, 22]
 EXACT = dict(rtol=1e-12, atol=1e-12)
 
 
-@pytest.fixture
-def in_double(monkeypatch):
-    """Both losses ask for float32 whatever they are given. Here they get float64."""
-    compute_in_double(monkeypatch)
-
-
 def make_head(bias=True, dtype=torch.float64) -> nn.Linear:
     torch.manual_seed(0)
     return nn.Linear(WIDTH, VOCABULARY, bias=bias).to(dtype)
 
 
 def make_inputs(dtype=torch.float64, positions=POSITIONS, width=WIDTH, vocabulary=VOCABULARY):
-    """Hidden states that want a gradient, and targets, some of which are none."""
+    """Hidden states that require a gradient, and targets, of which some are ignored."""
     torch.manual_seed(1)
     hidden_states = torch.randn(positions, width).to(dtype).requires_grad_()
     targets = torch.randint(vocabulary, (positions,))
@@ -48,13 +42,13 @@ def make_inputs(dtype=torch.float64, positions=POSITIONS, width=WIDTH, vocabular
 
 
 def plain(head, hidden_states, targets, **kwargs):
-    """What a stock model does."""
+    """The loss as a stock model computes it."""
     logits = head(hidden_states.to(head.weight.dtype)).float()
     return ForCausalLMLoss(logits, None, logits.shape[-1], shift_labels=targets, **kwargs)
 
 
 def gradients(loss_function, head, hidden_states, targets, scale=1.0, **kwargs) -> dict:
-    """The loss, and the gradients of everything that wants one."""
+    """The loss, and the gradients of `scale` times the loss for all tensors that require one."""
     tensors = {"hidden_states": hidden_states, **dict(head.named_parameters())}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
     loss = loss_function(head, hidden_states, targets, **kwargs)
@@ -62,8 +56,8 @@ def gradients(loss_function, head, hidden_states, targets, scale=1.0, **kwargs) 
     return {"loss": loss.detach(), **dict(zip(tensors, found, strict=True))}
 
 
-def assert_same(head, hidden_states, targets, positions_per_piece=5, tolerance=EXACT, **kwargs):
-    """The same loss and gradients; these go through a factor, as if more came after the loss."""
+def assert_plain_loss(head, hidden_states, targets, positions_per_piece=5, tolerance=EXACT, **kwargs):
+    """Asserts that the pieces give the plain loss and gradients. A factor stands for operations after the loss."""
     actual = gradients(loss_in_pieces, head, hidden_states, targets, 3.0, **kwargs, **pieces_of(positions_per_piece))
     expected = gradients(plain, head, hidden_states, targets, 3.0, **kwargs)
     assert_close(actual, expected, **tolerance)
@@ -76,59 +70,62 @@ def pieces_of(positions):
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("positions_per_piece", [1, 7, 19, 1000, None])
-def test_loss_and_gradients_are_those_of_whole_logits(in_double, positions_per_piece, bias):
-    actual = assert_same(make_head(bias), *make_inputs(), positions_per_piece)
+def test_loss_and_gradients_equal_the_plain_ones(in_double, positions_per_piece, bias):
+    actual = assert_plain_loss(make_head(bias), *make_inputs(), positions_per_piece)
     assert actual["loss"] > 1 and not actual["hidden_states"][IGNORED].any()
 
 
 @pytest.mark.parametrize("items", [9, torch.tensor(9), torch.tensor([9])], ids=repr)
-def test_num_items_in_batch(in_double, items):
-    assert_same(make_head(), *make_inputs(), num_items_in_batch=items)
+def test_num_items_in_batch_divides_the_loss(in_double, items):
+    assert_plain_loss(make_head(), *make_inputs(), num_items_in_batch=items)
 
 
-def test_another_ignore_index(in_double):
+def test_ignore_index_can_be_changed(in_double):
     hidden_states, targets = make_inputs()
     targets[IGNORED] = 3
-    assert_same(make_head(), hidden_states, targets, ignore_index=3)
+    assert_plain_loss(make_head(), hidden_states, targets, ignore_index=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_the_loss_is_float32(dtype):
-    """As Transformers has it, whatever the precision of the head."""
-    actual = assert_same(make_head(dtype=dtype), *make_inputs(dtype), tolerance=dict(rtol=1e-5, atol=1e-6))
+def test_loss_is_float32(dtype):
+    """Transformers' loss is float32 at any precision of the head."""
+    actual = assert_plain_loss(make_head(dtype=dtype), *make_inputs(dtype), tolerance=dict(rtol=1e-5, atol=1e-6))
     assert actual["loss"].dtype == torch.float32
 
 
-def test_hidden_states_are_cast_to_the_type_of_the_head(in_double):
-    actual = assert_same(make_head(), *make_inputs(torch.float32), tolerance=dict(rtol=1e-6, atol=1e-7))
+def test_hidden_states_are_cast_to_the_dtype_of_the_head(in_double):
+    actual = assert_plain_loss(make_head(), *make_inputs(torch.float32), tolerance=dict(rtol=1e-6, atol=1e-7))
     assert actual["hidden_states"].dtype == torch.float32 and actual["weight"].dtype == torch.float64
 
 
-def test_a_row_of_hidden_states_that_is_no_memory_of_its_own(in_double):
+def test_expanded_hidden_states_equal_the_plain_run(in_double):
     hidden_states, targets = make_inputs()
     expanded = hidden_states[:1].detach().expand(POSITIONS, WIDTH).requires_grad_()
-    assert_same(make_head(), expanded, targets)
+    assert_plain_loss(make_head(), expanded, targets)
 
 
 @pytest.mark.parametrize("items", [None, 5, 0])
 @pytest.mark.parametrize("positions", [0, POSITIONS])
-def test_nothing_to_learn_is_no_loss_and_no_nan(positions, items):
+def test_loss_without_supervised_positions_is_zero(positions, items):
     hidden_states, targets = make_inputs()
     hidden_states, targets = hidden_states[:positions], torch.full_like(targets, -100)[:positions]
     found = gradients(loss_in_pieces, make_head(), hidden_states, targets, num_items_in_batch=items)
     assert found.keys() == {"loss", "hidden_states", "weight", "bias"}
     assert found["loss"].dtype == torch.float32
     for name, tensor in found.items():
-        assert not tensor.any(), name  # NaN is true
+        assert not tensor.any(), name  # NaN counts as true
 
 
 def relative_error(actual, expected):
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
-def test_half_precision_is_near_to_the_truth():
-    """The gradient of the hidden states is that of the plain run. The weight's is as well but for one rounding: each
-    of 400 shares is rounded once when it leaves the product that makes it, and their sum once again."""
+def test_bfloat16_gradients_keep_their_precision_over_many_pieces():
+    """The gradient of the hidden states equals the plain one.
+
+    The gradient of the weight is rounded once more: the matrix product rounds each of 400 shares, and their sum is
+    rounded again.
+    """
     torch.manual_seed(0)
     head = nn.Linear(WIDTH, VOCABULARY).bfloat16()
     hidden_states, targets = make_inputs(torch.bfloat16, positions=2000)
@@ -142,13 +139,13 @@ def test_half_precision_is_near_to_the_truth():
         naive += torch.autograd.grad(loss, head.weight)[0]
     assert torch.equal(pieces["hidden_states"], whole["hidden_states"])
     for name, expected in truth.items():
-        limit = 1.5 if name in ("weight", "bias") else 1.02  # the root of two, if all shares are noise
+        limit = 1.5 if name in ("weight", "bias") else 1.02  # the square root of two for two independent roundings
         assert relative_error(pieces[name], expected) < limit * relative_error(whole[name], expected), name
     assert relative_error(naive, truth["weight"]) > 4 * relative_error(whole["weight"], truth["weight"])
 
 
-def test_what_a_loss_scaler_saves_from_underflow_is_saved_in_pieces_too():
-    """Gradients of float16 are too small for it until they are multiplied by the scale of the loss."""
+def test_loss_scaler_prevents_underflow_in_pieces():
+    """Without the scale of the loss, these gradients are too small for float16."""
     head = make_head(dtype=torch.float16)
     hidden_states, targets = make_inputs(torch.float16)
     scale, items = 2.0**16, 2**26
@@ -160,34 +157,21 @@ def test_what_a_loss_scaler_saves_from_underflow_is_saved_in_pieces_too():
     assert whole["hidden_states"].any() and not unscaled["hidden_states"].any()
 
 
-class Sizes(TorchDispatchMode):
-    """The largest number of elements of any tensor that an operation makes."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return result
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_tensor_is_larger_than_the_logits_of_a_piece(dtype):
     head = make_head(dtype=dtype)
     inputs = make_inputs(dtype, positions=200)
     sizes = {}
     for loss_function, options in [(plain, {}), (loss_in_pieces, pieces_of(10))]:
-        with Sizes() as found:
+        with LargestTensor() as largest:
             gradients(loss_function, head, *inputs, **options)
-        sizes[loss_function] = found.largest
+        sizes[loss_function] = largest.numel
     assert sizes[plain] == 200 * VOCABULARY
     assert sizes[loss_in_pieces] == max(10 * VOCABULARY, 200 * WIDTH)
 
 
 class Shares(TorchDispatchMode):
-    """How many gradients of a weight are in memory whenever a matrix product has made another."""
+    """Records, at each matrix product that makes a gradient of a weight, how many of its gradients are in memory."""
 
     def __init__(self, weight):
         super().__init__()
@@ -203,7 +187,7 @@ class Shares(TorchDispatchMode):
         return result
 
 
-def test_beside_the_gradient_of_the_weight_there_is_one_share_of_it():
+def test_backward_holds_the_weight_gradient_and_one_share():
     head, (hidden_states, targets) = make_head(bias=False, dtype=torch.float32), make_inputs(torch.float32)
     loss = loss_in_pieces(head, hidden_states, targets, **pieces_of(4))
     with Shares(head.weight) as shares:
@@ -212,7 +196,7 @@ def test_beside_the_gradient_of_the_weight_there_is_one_share_of_it():
 
 
 @pytest.mark.parametrize("frozen, products", [(False, 3), (True, 2)], ids=["trained", "frozen"])
-def test_the_price_is_one_product_of_the_head(frozen, products):
+def test_pieces_cost_one_more_product_of_the_head(frozen, products):
     head, inputs = make_head(bias=False).requires_grad_(not frozen), make_inputs()
     supervised = POSITIONS - len(IGNORED)
     for loss_function, rows, number in [(plain, POSITIONS, products), (loss_in_pieces, supervised, products + 1)]:
@@ -222,13 +206,13 @@ def test_the_price_is_one_product_of_the_head(frozen, products):
 
 
 def rows_of_calls(head) -> list[int]:
-    """The number of rows in each call of a head from now on."""
+    """A list that gets the number of rows of each later call of the head."""
     rows = []
     head.register_forward_pre_hook(lambda head, args: rows.append(len(args[0])))
     return rows
 
 
-def test_a_piece_takes_as_many_positions_as_fit_and_at_least_one(monkeypatch):
+def test_piece_size_follows_the_memory_limit(monkeypatch):
     assert module._BYTES_OF_A_PIECE // (8 * 50280) == 667  # float32 logits and their gradient
     head, (hidden_states, targets) = make_head(), make_inputs()
     rows = rows_of_calls(head)
@@ -241,7 +225,7 @@ def test_a_piece_takes_as_many_positions_as_fit_and_at_least_one(monkeypatch):
         rows.clear()
 
 
-def test_each_gradient_arrives_once():
+def test_tensor_hooks_get_one_gradient():
     head, (hidden_states, targets) = make_head(), make_inputs()
     arrivals = []
     for name, tensor in [("hidden_states", hidden_states), *head.named_parameters()]:
@@ -251,8 +235,8 @@ def test_each_gradient_arrives_once():
     assert sorted(arrivals) == ["bias", "bias.grad", "hidden_states", "hidden_states.grad", "weight", "weight.grad"]
 
 
-def test_tied_embeddings(in_double):
-    """One gradient, from both ends."""
+def test_tied_embeddings_get_the_gradients_of_both_uses(in_double):
+    """The weight receives their sum as one gradient."""
     head, (_, targets) = make_head(), make_inputs()
     arrivals = []
     head.weight.register_hook(lambda gradient: arrivals.append(1))
@@ -266,8 +250,8 @@ def test_tied_embeddings(in_double):
     assert len(arrivals) == 2
 
 
-def test_a_parameter_that_stands_in_two_places(in_double):
-    """Twice the same linear layer, and its weight once more in the bias."""
+def test_parameter_in_three_places_gets_the_whole_gradient(in_double):
+    """Two linear layers share a weight, which is also a parameter of the head itself."""
 
     class Head(nn.Module):
         def __init__(self):
@@ -281,21 +265,21 @@ def test_a_parameter_that_stands_in_two_places(in_double):
         def forward(self, rows):
             return self.outer(self.inner(rows)) + self.outer_again(rows)
 
-    assert_same(Head(), *make_inputs())
+    assert_plain_loss(Head(), *make_inputs())
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias", "hidden_states", "head"])
-def test_what_is_frozen_gets_no_gradient(in_double, frozen):
+def test_frozen_tensors_get_no_gradient(in_double, frozen):
     head, (hidden_states, targets) = make_head(), make_inputs()
     tensors = {"hidden_states": [hidden_states], "head": head.parameters()}
     for tensor in tensors.get(frozen) or [head.get_parameter(frozen)]:
         tensor.requires_grad_(False)
-    found = assert_same(head, hidden_states, targets)
+    found = assert_plain_loss(head, hidden_states, targets)
     assert frozen not in found and len(found) == (2 if frozen == "head" else 3)
 
 
 @pytest.mark.parametrize("how", ["all is frozen", "no_grad", "inference_mode"])
-def test_nothing_wants_a_gradient(in_double, how):
+def test_loss_needs_no_gradient_when_nothing_else_does(in_double, how):
     head, (hidden_states, targets) = make_head(), make_inputs()
     if how == "all is frozen":
         head.requires_grad_(False)
@@ -307,10 +291,10 @@ def test_nothing_wants_a_gradient(in_double, how):
     assert_close(loss, plain(head, hidden_states, targets).detach(), **EXACT)
 
 
-def test_a_parameter_without_a_part_in_the_logits_gets_no_gradient(in_double):
+def test_unused_parameter_gets_no_gradient(in_double):
     head, (hidden_states, targets) = make_head(), make_inputs()
     head.unused = nn.Parameter(torch.ones(3))
-    assert assert_same(head, hidden_states, targets)["unused"] is None
+    assert assert_plain_loss(head, hidden_states, targets)["unused"] is None
 
 
 def lora_head(dropout=0.0, **options) -> nn.Module:
@@ -325,22 +309,22 @@ def lora_head(dropout=0.0, **options) -> nn.Module:
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             if "lora_B" in name:
-                parameter.normal_()  # zero at first
+                parameter.normal_()  # PEFT initialises it to zero
     return head
 
 
 @pytest.mark.parametrize("kind", ["low rank", "trained whole"])
-def test_a_head_with_an_adapter(in_double, kind):
+def test_head_with_an_adapter_equals_the_plain_run(in_double, kind):
     if kind == "low rank":
         head = lora_head(target_modules=["lm_head"])
         expected = {"lora_A.default.weight", "lora_B.default.weight"}
     else:
         head = lora_head(target_modules=["other"], modules_to_save=["lm_head"])
         expected = {"modules_to_save.default.weight"}
-    assert assert_same(head, *make_inputs()).keys() == {"loss", "hidden_states"} | expected
+    assert assert_plain_loss(head, *make_inputs()).keys() == {"loss", "hidden_states"} | expected
 
 
-def test_dropout_draws_the_same_masks_in_backward(in_double):
+def test_backward_repeats_the_dropout_masks(in_double):
     head, (hidden_states, targets) = lora_head(0.5, target_modules=["lm_head"]), make_inputs()
     supervised = (targets != -100).nonzero().squeeze(1)
 
@@ -362,19 +346,19 @@ def test_dropout_draws_the_same_masks_in_backward(in_double):
     without = gradients(plain, head.eval(), hidden_states, targets)
     head.train()
     assert_close(gradients(in_pieces, head, hidden_states, targets, **pieces_of(5)), expected, **EXACT)
-    assert torch.equal(torch.get_rng_state(), in_pieces.random_state)  # backward leaves them as they were
+    assert torch.equal(torch.get_rng_state(), in_pieces.random_state)  # backward does not change it
     assert not torch.allclose(without["loss"], expected["loss"])
 
 
-def test_hooks_of_the_head(in_double):
-    """They may change what goes in and comes out, row by row."""
+def test_head_hooks_may_change_each_row(in_double):
+    """They may change inputs and outputs."""
     head = make_head()
     head.register_forward_pre_hook(lambda head, args: (args[0].tanh(),))
     head.register_forward_hook(lambda head, args, logits: 2 * logits.tanh())
-    assert_same(head, *make_inputs())
+    assert_plain_loss(head, *make_inputs())
 
 
-def test_autocast():
+def test_autocast_equals_the_plain_run_up_to_rounding():
     head, (hidden_states, targets) = make_head(dtype=torch.float32), make_inputs(torch.float32, positions=200)
     truth = gradients(plain, head, hidden_states, targets)
 
@@ -387,13 +371,13 @@ def test_autocast():
 
     whole, pieces = under_autocast(plain), under_autocast(loss_in_pieces, **pieces_of(7))
     assert pieces["loss"].dtype == torch.float32
-    assert torch.equal(pieces["hidden_states"], whole["hidden_states"])  # row by row the same
+    assert torch.equal(pieces["hidden_states"], whole["hidden_states"])  # each row by itself, with the same rounding
     for name, expected in truth.items():
         error = relative_error(pieces[name], expected)
         assert 1e-8 < error < 1.5 * relative_error(whole[name], expected), name
 
 
-def test_what_autocast_keeps_of_a_weight_does_not_lose_its_gradient():
+def test_autocast_caches_no_weights_cast_without_gradient():
     head, (hidden_states, targets) = make_head(dtype=torch.float32), make_inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         loss = loss_in_pieces(head, hidden_states, targets)
@@ -403,7 +387,7 @@ def test_what_autocast_keeps_of_a_weight_does_not_lose_its_gradient():
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
-def test_a_parameter_that_has_changed_is_named(name):
+def test_error_names_a_modified_parameter(name):
     head = make_head()
     loss = loss_in_pieces(head, *make_inputs())
     with torch.no_grad():
@@ -412,7 +396,7 @@ def test_a_parameter_that_has_changed_is_named(name):
         loss.backward()
 
 
-def test_a_changed_part_of_an_adapter_is_named():
+def test_error_names_a_modified_adapter_weight():
     head = lora_head(target_modules=["lm_head"])
     loss = loss_in_pieces(head, *make_inputs())
     with torch.no_grad():
@@ -421,7 +405,7 @@ def test_a_changed_part_of_an_adapter_is_named():
         loss.backward()
 
 
-def test_changed_hidden_states_are_refused_as_autograd_does():
+def test_modified_hidden_states_raise_the_error_of_autograd():
     hidden_states, targets = make_inputs()
     rows = hidden_states * 2
     loss = loss_in_pieces(make_head(), rows, targets)
@@ -431,8 +415,8 @@ def test_changed_hidden_states_are_refused_as_autograd_does():
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-def test_functional_call(in_double, frozen):
-    """Backward computes with what stood in the place of the parameters in forward, and nothing reaches these."""
+def test_functional_call_passes_gradients_to_the_given_tensors(in_double, frozen):
+    """Backward uses the tensors that replaced the parameters in forward. The parameters get no gradient."""
     head, (hidden_states, targets) = make_head(), make_inputs()
 
     class Loss(nn.Module):
@@ -455,7 +439,7 @@ def test_functional_call(in_double, frozen):
     assert all(isinstance(tensor, nn.Parameter) and tensor.grad is None for tensor in own.values())
 
 
-def test_backward_twice(in_double):
+def test_backward_repeats_with_retain_graph(in_double):
     head, (hidden_states, targets) = make_head(), make_inputs()
     loss = loss_in_pieces(head, hidden_states, targets, **pieces_of(4))
     first = torch.autograd.grad(loss, [hidden_states, *head.parameters()], retain_graph=True)
@@ -472,7 +456,7 @@ def test_second_derivatives_are_refused():
         torch.autograd.grad(loss, hidden_states, create_graph=True)
 
 
-def test_the_head_has_its_own_parameters_again_after_an_error():
+def test_head_keeps_its_parameters_after_an_error():
     head, (hidden_states, targets) = make_head(), make_inputs()
     own = list(head.parameters())
     targets[3] = VOCABULARY
@@ -481,8 +465,8 @@ def test_the_head_has_its_own_parameters_again_after_an_error():
     assert all(map(lambda tensor, other: tensor is other, head.parameters(), own))
 
 
-def test_what_is_saved_goes_through_hooks_once(in_double):
-    """Transformers' own checkpointing, and offloading of what autograd keeps."""
+def test_loss_works_inside_pytorch_checkpoints_and_save_on_cpu(in_double):
+    """Both unpack each tensor that autograd keeps only once."""
     head, (hidden_states, targets) = make_head(), make_inputs()
 
     def checkpointed(*args, **kwargs):
@@ -498,12 +482,12 @@ def test_what_is_saved_goes_through_hooks_once(in_double):
 
 
 @pytest.mark.parametrize("positions", [0, POSITIONS])
-def test_hooks_of_a_sharded_head_run_once_around_all_pieces(in_double, positions):
+def test_hooks_of_a_sharded_head_run_once_for_all_pieces(in_double, positions):
     head, (hidden_states, targets) = make_head(), make_inputs()
-    hidden_states = hidden_states.detach()[:positions]  # frozen below: the hooks of backward wait for it all the same
+    hidden_states = hidden_states.detach()[:positions]  # needs no gradient, but hooks in backward need one
     targets = targets[:positions]
     expected = gradients(plain, head, hidden_states, targets) if positions else None
-    head.ds_id = 0  # by which ZeRO-3 knows a module
+    head.ds_id = 0  # ZeRO-3 marks its modules like this
     calls = []
     head.register_forward_pre_hook(lambda head, args: calls.append(("in", args[0].requires_grad)))
     head.register_forward_hook(lambda head, args, output: calls.append(("out", output.requires_grad)))
@@ -513,7 +497,7 @@ def test_hooks_of_a_sharded_head_run_once_around_all_pieces(in_double, positions
         assert_close(found, expected, **EXACT)
 
 
-def test_a_head_sharded_part_by_part_is_refused():
+def test_head_with_sharded_sub_modules_is_refused():
     head = lora_head(target_modules=["lm_head"])
     head.lora_A.default.ds_id = 7
     with pytest.raises(RuntimeError, match="sharded one by one"):
@@ -522,14 +506,14 @@ def test_a_head_sharded_part_by_part_is_refused():
 
 @pytest.fixture
 def process_group(tmp_path):
-    """Of this process alone."""
+    """A process group of one process."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
-def test_fsdp2(in_double, process_group):
-    """Its parameters are other tensors in forward, and these are empty until backward."""
+def test_head_sharded_by_fsdp2_equals_the_plain_run(in_double, process_group):
+    """In forward, FSDP2 replaces the parameters by other tensors, whose storage it frees until backward."""
     head, (hidden_states, targets) = make_head(), make_inputs()
     expected = gradients(plain, head, hidden_states, targets)
     mesh = init_device_mesh("cpu", (1,))
@@ -537,7 +521,7 @@ def test_fsdp2(in_double, process_group):
     gathered = []
     head.register_forward_pre_hook(lambda head, args: gathered.append(type(head.weight)))
     loss = loss_in_pieces(head, hidden_states, targets, **pieces_of(4))
-    assert gathered == [nn.Parameter]  # once, and no DTensor
+    assert gathered == [nn.Parameter]  # gathered once, from a DTensor
     loss.backward()
     assert_close(loss, expected["loss"], **EXACT)
     assert_close(hidden_states.grad, expected["hidden_states"], **EXACT)
@@ -545,8 +529,8 @@ def test_fsdp2(in_double, process_group):
         assert_close(parameter.grad.full_tensor(), expected[name], **EXACT)
 
 
-def test_torch_compile(in_double):
-    """It stays outside of the graph."""
+def test_compiled_function_equals_the_plain_run(in_double):
+    """The loss in pieces stays outside the compiled graph."""
     head, (hidden_states, targets) = make_head(), make_inputs()
 
     @torch.compile(backend="eager")
@@ -561,12 +545,12 @@ def test_torch_compile(in_double):
 
 
 @pytest.mark.parametrize("positions_per_piece", [0, -1, 2.0, "all"])
-def test_a_piece_of_no_size_is_refused(positions_per_piece):
+def test_invalid_piece_sizes_are_refused(positions_per_piece):
     with pytest.raises(ValueError, match=f"positive integer or None, got {positions_per_piece!r}"):
         loss_in_pieces(make_head(), *make_inputs(), positions_per_piece=positions_per_piece)
 
 
-def test_shapes_that_do_not_match_are_refused():
+def test_mismatched_shapes_are_refused():
     hidden_states, targets = make_inputs()
     with pytest.raises(ValueError, match=r"one token for each row .* \(22,\) and \(23, 6\)"):
         loss_in_pieces(make_head(), hidden_states, targets[1:])
@@ -575,7 +559,7 @@ def test_shapes_that_do_not_match_are_refused():
 
 
 @pytest.mark.parametrize("kind", ["labels", "shift_labels", "another ignore_index"])
-def test_the_loss_of_a_batch(in_double, kind, monkeypatch):
+def test_causal_lm_loss_equals_the_loss_of_whole_logits(in_double, kind, monkeypatch):
     monkeypatch.setattr(module, "_BYTES_OF_A_PIECE", 5 * 8 * VOCABULARY)
     head, (hidden_states, targets) = make_head(), make_inputs(positions=24)
     labels = targets.view(2, 12)
@@ -613,15 +597,15 @@ def causal_lm():
     ],
     ids=str,
 )
-def test_keyword_arguments_that_the_pieces_know(causal_lm, kwargs, expected):
+def test_only_known_keyword_arguments_allow_pieces(causal_lm, kwargs, expected):
     assert can_be_in_pieces(causal_lm, kwargs) is expected
 
 
-def test_heads_that_are_to_see_all_logits_or_have_not_their_own_parameters(causal_lm):
+def test_hooks_and_replaced_weights_of_the_head_forbid_pieces(causal_lm):
     assert can_be_in_pieces(causal_lm, {})
     hook = causal_lm.lm_head.register_forward_hook(lambda *args: None)
     assert not can_be_in_pieces(causal_lm, {})
-    causal_lm.lm_head.ds_id = 0  # DeepSpeed's hooks, then
+    causal_lm.lm_head.ds_id = 0  # now the hook counts as DeepSpeed's
     assert can_be_in_pieces(causal_lm, {})
     hook.remove()
     del causal_lm.lm_head.ds_id
@@ -633,10 +617,10 @@ def test_heads_that_are_to_see_all_logits_or_have_not_their_own_parameters(causa
 
     weight = causal_lm.lm_head.weight.detach()
     del causal_lm.lm_head.weight
-    causal_lm.lm_head.weight = weight  # as in the replicas of DataParallel
+    causal_lm.lm_head.weight = weight  # replicas of DataParallel have such tensors
     assert not can_be_in_pieces(causal_lm, {})
 
 
-def test_another_loss_function(causal_lm):
+def test_custom_loss_function_forbids_pieces(causal_lm):
     causal_lm.loss_function = lambda **kwargs: None
     assert not can_be_in_pieces(causal_lm, {})

@@ -1,4 +1,4 @@
-"""Copies that are under way: on a CPU with streams that put everything off for as long as they may, and on a GPU."""
+"""Asynchronous copies, on a GPU and on a CPU with streams that delay each copy for as long as possible."""
 
 import copy
 from contextlib import contextmanager
@@ -6,16 +6,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 from comparison import assert_same
-from double_precision import compute_in_double
-from tiny import tiny_text_config
-from transformers import Mamba2Model
+from tiny import random_embeddings, tiny_mamba2
 
 from transformers_ma2mba import checkpoint_grid, enable_multi_axis_checkpointing
 from transformers_ma2mba.offload import Offloader, SegmentReader
 
 
 class LazyStream:
-    """Does nothing before somebody waits for it."""
+    """A stream that does no work until somebody waits for it."""
 
     def __init__(self):
         self.work = []
@@ -37,19 +35,21 @@ class LazyStream:
 
 
 class LazyEvent:
+    """A position in the work of a lazy stream."""
+
     def __init__(self, stream, position):
         self.synchronize = lambda: stream.run(position)
 
 
 class MainStream(LazyStream):
-    """Where the computation is done: a CPU does it at once, so it must wait at once."""
+    """The stream of the computation. A CPU computes at once, so this stream also waits at once."""
 
     def wait_event(self, event):
         event.synchronize()
 
 
 class LazyOffloader(Offloader):
-    """As if for a GPU, but all memory is the CPU's. What nobody has written yet is NaN."""
+    """An offloader that copies within the memory of the CPU as if to and from a GPU. New memory is NaN."""
 
     def __init__(self, device, offload):
         super().__init__(device, False)
@@ -61,7 +61,7 @@ class LazyOffloader(Offloader):
 
 @pytest.fixture
 def lazily(monkeypatch):
-    """Streams as above in place of CUDA's."""
+    """Replaces CUDA's streams by lazy ones. Returns a list with the shape of each tensor that is copied."""
     main, current, copies = MainStream(), [], []
     copy_now, empty = torch.Tensor.copy_, torch.empty
 
@@ -86,7 +86,7 @@ def lazily(monkeypatch):
     return copies
 
 
-def test_a_store_and_a_fetch_wait_for_nothing_until_they_are_needed(lazily):
+def test_store_and_fetch_do_not_wait_until_their_result_is_used(lazily):
     copies = LazyOffloader(torch.device("cpu"), True)
     kept, rows = copies.empty((2, 3), torch.float64), torch.ones(2, 3, dtype=torch.float64)
     copies.store(kept, rows)
@@ -98,7 +98,7 @@ def test_a_store_and_a_fetch_wait_for_nothing_until_they_are_needed(lazily):
     assert torch.equal(wait(), rows)
 
 
-def test_stores_may_fall_behind_by_two_segments(lazily):
+def test_stores_lag_by_at_most_two_segments(lazily):
     copies = LazyOffloader(torch.device("cpu"), True)
     kept = [copies.empty((1, 1), torch.float64) for _ in range(5)]
     for memory in kept:
@@ -107,18 +107,18 @@ def test_stores_may_fall_behind_by_two_segments(lazily):
     assert [memory.isnan().item() for memory in kept] == [False, False, False, True, True]
 
 
-def test_a_segment_is_fetched_while_the_one_before_is_computed(lazily):
+def test_reader_fetches_the_next_segment_in_advance(lazily):
     copies = LazyOffloader(torch.device("cpu"), True)
-    pieces = SegmentReader(torch.arange(6.0).view(1, 6), [(0, 2), (2, 4), (4, 6)], copies)
-    assert pieces.take(2, 1).tolist() == [[4, 5]]
+    segments = SegmentReader(torch.arange(6.0).view(1, 6), [(0, 2), (2, 4), (4, 6)], copies)
+    assert segments.take(2, 1).tolist() == [[4, 5]]
     assert (len(copies.inward.work), copies.inward.done) == (2, 1)
-    assert pieces.take(1, 0).tolist() == [[2, 3]]
-    assert pieces.take(0, -1).tolist() == [[0, 1]]
+    assert segments.take(1, 0).tolist() == [[2, 3]]
+    assert segments.take(0, -1).tolist() == [[0, 1]]
     assert len(copies.inward.work) == 3
 
 
 def steps(model, inputs, **options):
-    """One step without checkpointing and one with, each with its gradients."""
+    """Outputs and gradients of a plain step, then of a checkpointed one."""
     for grid in (model, enable_multi_axis_checkpointing(copy.deepcopy(model), **options)):
         embeds = inputs.clone().requires_grad_()
         output = grid(inputs_embeds=embeds).last_hidden_state
@@ -131,27 +131,22 @@ def steps(model, inputs, **options):
 @pytest.mark.parametrize("length", [2, 9, 31])
 @pytest.mark.parametrize("layer_interval", [1, 2, 4])
 @pytest.mark.parametrize("order", ["layer-major", "sequence-major"])
-def test_nothing_is_read_before_it_is_there(lazily, monkeypatch, order, layer_interval, length):
-    compute_in_double(monkeypatch)
-    torch.manual_seed(0)
-    model = Mamba2Model(tiny_text_config(num_hidden_layers=4)).double().train()
-    inputs = torch.randn(2, length, 32, dtype=torch.float64)
+def test_step_reads_no_tensor_before_its_copy_ends(lazily, in_double, order, layer_interval, length):
     options = dict(layer_interval=layer_interval, sequence_interval=4, order=order, offload=True)
-    expected, actual = steps(model, inputs, **options)
+    expected, actual = steps(tiny_mamba2(num_hidden_layers=4), random_embeddings(length), **options)
     assert_same(actual, expected, 1e-10)
     assert len(lazily) > 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("order", ["layer-major", "sequence-major"])
-def test_on_a_gpu_offloading_changes_nothing(order):
-    torch.manual_seed(0)
+def test_offloading_on_a_gpu_does_not_change_the_step(order):
     sizes = dict(hidden_size=256, head_dim=64, num_heads=8, state_size=64, chunk_size=64)
-    model = Mamba2Model(tiny_text_config(num_hidden_layers=4, **sizes)).train()
+    model = tiny_mamba2(dtype=torch.float32, num_hidden_layers=4, **sizes)
     inputs = torch.randn(2, 1000, 256, device="cuda")
     options = dict(layer_interval=2, sequence_interval=128, order=order)
     _, here = steps(model.cuda(), inputs, **options)
     expected, there = steps(model, inputs, offload=True, **options)
-    # Kernels that add in no fixed order, in TF32: what was not there yet would be wrong by far more.
+    # Kernels compute in TF32 and add in no fixed order. A tensor read too early would cause far larger errors.
     assert_same(there, here, 1e-3)
     assert_same(there, expected, 2e-2)
