@@ -1,11 +1,11 @@
-"""`generate`: every way of decoding, from pixels and from a state, in batches, with and without the cache."""
+"""`generate`: all decoding methods, from pixels and from states, in batches, with and without the cache."""
 
 import copy
 from threading import Thread
 
 import pytest
 import torch
-from tiny import random_pixels, tiny_config, tiny_model
+from tiny import pad_left, random_pixels, tiny_config, tiny_model
 from torch.testing import assert_close
 from transformers import TextIteratorStreamer, TextStreamer
 
@@ -28,39 +28,34 @@ def make_inputs(config, num_frames=3, seed=0, question=(6, 7, 8)) -> dict:
 
 def pad_together(samples: list[dict]) -> dict:
     """Several prompts as one batch, padded on the left."""
-    length = max(sample["input_ids"].shape[1] for sample in samples)
-
-    def pad(name, value):
-        rows = [torch.nn.functional.pad(s[name], (length - s[name].shape[1], 0), value=value) for s in samples]
-        return torch.cat(rows)
-
     return {
-        "input_ids": pad("input_ids", 1),
-        "attention_mask": pad("attention_mask", 0),
+        "input_ids": pad_left([sample["input_ids"] for sample in samples], 1),
+        "attention_mask": pad_left([sample["attention_mask"] for sample in samples], 0),
         "pixel_values_videos": torch.cat([sample["pixel_values_videos"] for sample in samples]),
         "pixel_values": torch.cat([sample["pixel_values"] for sample in samples]),
     }
 
 
 def generate(model, inputs, **options):
-    """The new tokens; always as many as `max_new_tokens` unless told otherwise."""
+    """The new tokens, `max_new_tokens` by default."""
     options = {"max_new_tokens": 12, "min_new_tokens": options.get("max_new_tokens", 12), **options}
     options = {"do_sample": False, **options}
     return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
 
 
 def state_after(model, inputs):
+    """The recurrent state after the inputs."""
     with torch.no_grad():
         return model(**inputs, use_cache=True).cache_params
 
 
 @torch.no_grad()
 def naive_greedy(model, inputs, num_tokens):
-    """The whole sequence again for every token."""
+    """Greedy decoding that computes the whole sequence again for each token."""
     inputs = dict(inputs)
     for _ in range(num_tokens):
         logits = model(**inputs, use_cache=False).logits[:, -1]
-        logits[:, model.generation_config.eos_token_id] = -torch.inf  # as min_new_tokens has it
+        logits[:, model.generation_config.eos_token_id] = -torch.inf  # min_new_tokens does the same
         token = logits.argmax(-1, keepdim=True)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], token], 1)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(token)], 1)
@@ -72,16 +67,16 @@ def naive_greedy(model, inputs, num_tokens):
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
-def test_greedy_equals_running_everything_again_for_every_token(kind, use_cache):
+def test_greedy_decoding_equals_the_naive_form(kind, use_cache):
     config = tiny_config(kind)
     model = tiny_model(config)
     inputs = make_inputs(config)
     expected = naive_greedy(model, inputs, 20)
-    assert len(expected.unique()) > 3  # no constant
+    assert len(expected.unique()) > 3  # not a constant
     assert torch.equal(generate(model, inputs, max_new_tokens=20, use_cache=use_cache), expected)
 
 
-def test_what_is_seen_matters(model, config):
+def test_generated_tokens_depend_on_videos_and_images(model, config):
     inputs = make_inputs(config)
     for name in ("pixel_values_videos", "pixel_values"):
         other = {**inputs, name: 255 - inputs[name]}
@@ -89,16 +84,16 @@ def test_what_is_seen_matters(model, config):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_embeddings_in_place_of_ids(model, config, num_beams):
+def test_embeddings_may_replace_ids(model, config, num_beams):
     inputs = make_inputs(config)
     inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
     options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, num_beams=num_beams)
-    tokens = model.generate(**inputs, **options)  # which are all there is to return
+    tokens = model.generate(**inputs, **options)  # without the prompt, which has no ids
     assert torch.equal(tokens, generate(model, make_inputs(config), max_new_tokens=8, num_beams=num_beams))
 
 
 def test_generation_stops_at_the_end_of_text(model, config):
-    """By the model's own generation config, in which the language model's end of text stands."""
+    """The generation config takes its end of text from the language model."""
     inputs = make_inputs(config)
     tokens = generate(model, inputs)[0].tolist()
     end = tokens[4]
@@ -110,7 +105,7 @@ def test_generation_stops_at_the_end_of_text(model, config):
 
 
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
-def test_sampling(model, config, use_cache):
+def test_sampling_follows_the_seed(model, config, use_cache):
     inputs = make_inputs(config)
     torch.manual_seed(0)
     first = generate(model, inputs, do_sample=True, use_cache=use_cache)
@@ -120,7 +115,7 @@ def test_sampling(model, config, use_cache):
     assert not torch.equal(again, first)
 
 
-def test_sampling_with_and_without_the_cache_draws_the_same(model, config):
+def test_sampling_draws_the_same_with_and_without_the_cache(model, config):
     samples = []
     for use_cache in (True, False):
         torch.manual_seed(0)
@@ -131,7 +126,7 @@ def test_sampling_with_and_without_the_cache_draws_the_same(model, config):
 
 
 def naive_beam_search(model, inputs, num_beams, num_tokens):
-    """Without an end of text: the `num_beams` likeliest continuations, extended by one token at a time."""
+    """Beam search without an end of text, which extends the `num_beams` likeliest beams by one token at a time."""
     prompt = inputs["input_ids"][0].tolist()
     beams = [(0.0, [])]
     for _ in range(num_tokens):
@@ -149,12 +144,14 @@ def naive_beam_search(model, inputs, num_beams, num_tokens):
 
 
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
-def test_beam_search_equals_the_naive_one(model, config, use_cache):
+def test_beam_search_equals_the_naive_form(model, config, use_cache):
     inputs = make_inputs(config, num_frames=2, seed=1)
     options = dict(max_new_tokens=6, num_beams=3, num_return_sequences=3, use_cache=use_cache)
     found = generate(model, inputs, **options)
     assert torch.equal(found, naive_beam_search(model, inputs, 3, 6))
-    assert not torch.equal(found[0], generate(model, inputs, max_new_tokens=6)[0])  # beams find something better
+    assert not torch.equal(
+        found[0], generate(model, inputs, max_new_tokens=6)[0]
+    )  # greedy decoding finds another text
 
 
 def test_beam_search_in_a_batch_gives_each_beam_its_own_video(model, config):
@@ -169,7 +166,7 @@ def test_beam_search_in_a_batch_gives_each_beam_its_own_video(model, config):
 
 
 @pytest.mark.parametrize("lengths", [(1, 2, 3), (5, 1), (2, 2, 2)], ids=str)
-def test_a_padded_batch_equals_one_by_one(model, config, lengths):
+def test_padded_batch_equals_its_samples(model, config, lengths):
     samples = [make_inputs(config, n, seed=n + i, question=range(20, 20 + 2 * i)) for i, n in enumerate(lengths)]
     batch = pad_together(samples)
     with torch.no_grad():
@@ -183,8 +180,8 @@ def test_a_padded_batch_equals_one_by_one(model, config, lengths):
     assert len(alone.unique(dim=0)) == len(samples)
 
 
-def test_texts_that_end_at_different_times(model, config):
-    """One that has ended is filled up with padding, which is no part of the others' state."""
+def test_finished_texts_get_padding(model, config):
+    """The padding of a finished text does not change the others."""
     samples = [make_inputs(config, 1, seed=1), make_inputs(config, 2, seed=2)]
     alone = [generate(model, sample)[0].tolist() for sample in samples]
     end = next(token for token in alone[0][1:] if token not in alone[1])
@@ -201,7 +198,7 @@ def test_texts_that_end_at_different_times(model, config):
 
 
 class Listener:
-    """Keeps what `generate` puts into it."""
+    """A streamer that keeps the tokens that it receives."""
 
     def __init__(self):
         self.tokens, self.ended = [], False
@@ -213,19 +210,19 @@ class Listener:
         self.ended = True
 
 
-def test_any_streamer(model, config):
+def test_streamer_gets_the_prompt_and_each_token(model, config):
     inputs, listener = make_inputs(config), Listener()
     tokens = generate(model, inputs, streamer=listener)
     assert listener.ended and listener.tokens == inputs["input_ids"][0].tolist() + tokens[0].tolist()
 
 
-def test_text_streamer(model, config, processor, capsys):
+def test_text_streamer_prints_the_text(model, config, processor, capsys):
     inputs = make_inputs(config)
     tokens = generate(model, inputs, streamer=TextStreamer(processor.tokenizer, skip_prompt=True))
     assert capsys.readouterr().out.strip() == processor.decode(tokens[0]).strip()
 
 
-def test_text_iterator_streamer(model, config, processor):
+def test_text_iterator_streamer_yields_the_text(model, config, processor):
     inputs = make_inputs(config)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, timeout=60)
     thread = Thread(target=generate, args=(model, inputs), kwargs=dict(streamer=streamer))
@@ -235,11 +232,11 @@ def test_text_iterator_streamer(model, config, processor):
     assert text == processor.decode(generate(model, inputs)[0])
 
 
-# From a state
+# From a recurrent state
 
 
 @pytest.mark.parametrize("frames_before", [0, 3], ids=["text-then-text", "video-then-text"])
-def test_going_on_from_a_state(model, config, frames_before):
+def test_generation_from_a_state_equals_the_whole_prompt(model, config, frames_before):
     inputs = make_inputs(config) if frames_before else {"input_ids": torch.tensor([[5, 9, 30]])}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     question = torch.tensor([[11, 12, 13, 14]])
@@ -250,8 +247,8 @@ def test_going_on_from_a_state(model, config, frames_before):
 
 
 @pytest.mark.parametrize("num_beams, num_return_sequences", [(3, 1), (3, 3), (1, 3)], ids=str)
-def test_beams_and_samples_from_a_state(model, config, num_beams, num_return_sequences):
-    """`generate` cannot expand a state by itself."""
+def test_beams_and_samples_from_a_state_equal_the_whole_prompt(model, config, num_beams, num_return_sequences):
+    """The model expands the state over beams, because Transformers' `generate` cannot do it."""
     options = dict(num_beams=num_beams, num_return_sequences=num_return_sequences, do_sample=num_beams == 1)
     inputs, question = make_inputs(config), torch.tensor([[11, 12, 13]])
     whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], question], 1)}
@@ -263,7 +260,7 @@ def test_beams_and_samples_from_a_state(model, config, num_beams, num_return_seq
     assert torch.equal(generate(model, {"input_ids": question}, cache_params=state, **options), expected)
 
 
-def test_beams_from_the_states_of_a_batch(model, config):
+def test_beams_from_batched_states_equal_single_ones(model, config):
     samples = [make_inputs(config, 2, seed=1), make_inputs(config, 2, seed=2)]
     questions = torch.tensor([[11, 12, 13], [14, 15, 16]])
     state = state_after(model, pad_together(samples))
@@ -274,7 +271,7 @@ def test_beams_from_the_states_of_a_batch(model, config):
         assert torch.equal(together[row : row + 1], alone)
 
 
-def test_a_copy_of_a_state_leaves_the_state_alone(model, config):
+def test_generation_from_a_copy_does_not_change_the_state(model, config):
     state = state_after(model, make_inputs(config))
     before = [layer.recurrent_states[0].clone() for layer in state.layers]
     first = generate(model, {"input_ids": torch.tensor([[11, 12]])}, cache_params=copy.deepcopy(state))
@@ -284,23 +281,23 @@ def test_a_copy_of_a_state_leaves_the_state_alone(model, config):
     assert torch.equal(first, again)
 
 
-def test_the_state_at_the_end_is_returned_and_goes_on(model, config):
+def test_returned_state_continues_the_text(model, config):
     inputs = make_inputs(config)
     expected = generate(model, inputs, max_new_tokens=12)
     output = model.generate(
         **inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, return_dict_in_generate=True
     )
-    last = output.sequences[:, -1:]  # the state has not seen the last token yet
+    last = output.sequences[:, -1:]  # the state does not contain the last token yet
     rest = generate(model, {"input_ids": last}, cache_params=output.past_key_values, max_new_tokens=7)
     assert torch.equal(torch.cat([output.sequences[:, -5:], rest], 1), expected)
 
 
-# What there is not
+# Refused options
 
 
 @pytest.mark.parametrize("how", ["assistant", "prompt-lookup"])
 def test_assisted_decoding_is_refused(model, config, how):
-    """A recurrent state cannot take back what an assistant proposed in vain."""
+    """A recurrent state cannot remove rejected tokens."""
     options = {"assistant_model": model} if how == "assistant" else {"prompt_lookup_num_tokens": 2}
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         model.generate(**make_inputs(config), max_new_tokens=4, **options)

@@ -1,28 +1,31 @@
-"""The loss and its gradients against cross-entropy over the logits of every position."""
+"""The loss and its gradients against the cross-entropy of the logits at all positions."""
 
 import copy
 
 import pytest
 import torch
-from double_precision import compute_in_double
+from comparison import assert_same
 from tiny import VOCABULARY, random_pixels, tiny_config, tiny_model
 from torch.testing import assert_close
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from transformers_ma2mba import loss_in_pieces
 
-# Logits are float32 by Transformers' convention, and so are the language model's norms and scans inside.
+# The logits, norms and scans of the language model are float32.
 ROUNDED = dict(rtol=2e-6, atol=1e-7)
 
 
 @pytest.fixture
 def double(config):
-    """The tiny model in float64, in training mode, for one test alone."""
+    """The tiny model in float64, in training mode, which the test may change."""
     return tiny_model(config, dtype=torch.float64).train()
 
 
 def make_batch(config) -> dict:
-    """Two conversations of two turns, the shorter one padded on the left; answers are supervised, ends included."""
+    """Two conversations, of two turns and one turn, the shorter one padded on the left.
+
+    Answers are supervised, including their end of text.
+    """
     video = [config.video_token_id] * config.tokens_per_frame
     image = [config.image_token_id] * config.tokens_per_frame
     long = [5, *video, *video, 6, 7, 0, 20, 21, 0, 8, 9, 0, 22, 0]
@@ -40,7 +43,7 @@ def make_batch(config) -> dict:
 
 
 def naive_loss(model, inputs, labels, divisor=None) -> torch.Tensor:
-    """Mean over all supervised tokens of minus the log probability that the position before gives them."""
+    """The mean negative log probability of the supervised tokens, each predicted by the position before it."""
     log_probabilities = model(**inputs).logits.double().log_softmax(-1)
     total, count = 0.0, 0
     for row in range(len(labels)):
@@ -62,14 +65,14 @@ def gradients(model, loss) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_loss_and_gradients_equal_those_of_full_logits(kind):
+def test_loss_and_gradients_equal_the_naive_ones(kind):
     config = tiny_config(kind)
     model = tiny_model(config, dtype=torch.float64).train()
     inputs, labels = split(make_batch(config))
     output = model(**inputs, labels=labels)
     expected = naive_loss(model, inputs, labels)
     assert_close(output.loss.double(), expected, **ROUNDED)
-    assert expected > 1  # there is something to learn
+    assert expected > 1  # otherwise the comparison would prove little
 
     actual, expected = gradients(model, output.loss), gradients(model, expected)
     assert actual.keys() == expected.keys()
@@ -78,7 +81,7 @@ def test_loss_and_gradients_equal_those_of_full_logits(kind):
         assert (gradient - expected[name]).abs().max() < 1e-5 * largest, name
 
 
-def test_labels_equal_to_the_ids_supervise_every_position_but_the_first(double):
+def test_labels_equal_to_the_ids_supervise_all_positions_but_the_first(double):
     input_ids = torch.arange(2, 32).view(2, 15)
     assert_close(
         double(input_ids, labels=input_ids).loss.double(),
@@ -87,7 +90,7 @@ def test_labels_equal_to_the_ids_supervise_every_position_but_the_first(double):
     )
 
 
-def test_a_label_at_the_first_position_is_predicted_by_nothing(double):
+def test_label_at_the_first_position_is_ignored(double):
     input_ids = torch.arange(2, 8)[None]
     labels = torch.full_like(input_ids, -100)
     labels[0, 0] = 2
@@ -99,24 +102,24 @@ def test_only_supervised_positions_go_through_the_head(double, config):
     shapes = []
     double.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
     logits = double(**inputs, labels=labels).logits
-    assert shapes == [(9, VOCABULARY)]  # 5 supervised tokens and 4, in 40 positions
+    assert shapes == [(9, VOCABULARY)]  # 5 + 4 supervised tokens in 40 positions
 
     full = double(**inputs).logits
     assert logits.shape == (2, 5, VOCABULARY)
     assert_close(logits[0], full[0, [11, 12, 13, 17, 18]], rtol=1e-5, atol=1e-5)
     assert_close(logits[1, :4], full[1, [15, 16, 17, 18]], rtol=1e-5, atol=1e-5)
-    assert not logits[1, 4].any()  # filled up
+    assert not logits[1, 4].any()  # padding
 
 
-def test_nothing_to_learn_is_no_loss_and_no_nan(double, config):
+def test_loss_without_supervised_tokens_is_zero(double, config):
     inputs, labels = split(make_batch(config))
     loss = double(**inputs, labels=torch.full_like(labels, -100)).loss
     assert loss == 0
     for name, gradient in gradients(double, loss).items():
-        assert not gradient.any(), name  # NaN is true
+        assert not gradient.any(), name  # NaN counts as true
 
 
-def test_a_text_with_nothing_to_learn_beside_one_with(double, config):
+def test_unsupervised_text_does_not_change_the_loss_of_the_batch(double, config):
     batch = make_batch(config)
     batch["labels"][1] = -100
     inputs, labels = split(batch)
@@ -124,8 +127,8 @@ def test_a_text_with_nothing_to_learn_beside_one_with(double, config):
 
 
 @pytest.mark.parametrize("items", [1, 9, 64, torch.tensor(7)], ids=str)
-def test_num_items_in_batch(double, config, items):
-    """The Trainer divides by the number of items of a whole step, of which this batch is a part."""
+def test_num_items_in_batch_divides_the_loss(double, config, items):
+    """The Trainer passes the number of supervised tokens in all batches of a step."""
     inputs, labels = split(make_batch(config))
     loss = double(**inputs, labels=labels, num_items_in_batch=items).loss
     assert_close(loss.double(), naive_loss(double, inputs, labels, divisor=int(items)), **ROUNDED)
@@ -133,7 +136,7 @@ def test_num_items_in_batch(double, config, items):
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 @pytest.mark.parametrize("layer", [-1, -2, 1, 0])
-def test_every_parameter_that_a_feature_reaches_gets_a_gradient_and_the_others_are_frozen(kind, layer):
+def test_vision_layers_above_the_feature_layer_are_frozen(kind, layer):
     config = tiny_config(kind, vision_feature_layer=layer)
     model = tiny_model(config).train()
     batch = make_batch(config)
@@ -151,8 +154,8 @@ def test_every_parameter_that_a_feature_reaches_gets_a_gradient_and_the_others_a
     assert trainable == {name for name, _ in model.named_parameters()} - frozen
 
 
-def test_labels_do_not_change_what_logits_are_worth(model, config):
-    """A model in evaluation gives the same loss as in training: it has no dropout, and takes no other path."""
+def test_evaluation_and_training_give_the_same_loss(model, config):
+    """The model has no dropout, and takes the same path in both."""
     batch = make_batch(config)
     with torch.no_grad():
         evaluated = model(**batch).loss
@@ -160,9 +163,8 @@ def test_labels_do_not_change_what_logits_are_worth(model, config):
 
 
 @pytest.fixture
-def checkpointed(double, monkeypatch):
-    """The same with multi-axis gradient checkpointing, two positions a piece, all of it in float64."""
-    compute_in_double(monkeypatch)
+def checkpointed(double, in_double, monkeypatch):
+    """The model with MA-GC, whose loss takes two positions at a time, in float64 throughout."""
     monkeypatch.setattr(loss_in_pieces, "_BYTES_OF_A_PIECE", 2 * 8 * VOCABULARY)
     double.activation_checkpointing_enable()
     return double
@@ -175,7 +177,10 @@ def without_checkpointing(model):
 
 
 def rows_through_the_head(model, monkeypatch) -> list[int]:
-    """The number of rows in each call of the head from now on. A hook or a wrapper would make the loss come in one."""
+    """A list that gets the number of rows of each later call of the head.
+
+    A hook or wrapper of the head would disable the loss in pieces, so this replaces the function that the head calls.
+    """
     rows, linear = [], torch.nn.functional.linear
 
     def count(inputs, weight, bias=None):
@@ -188,7 +193,7 @@ def rows_through_the_head(model, monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("options", [{}, {"num_items_in_batch": torch.tensor(64)}, {"ignore_index": 22}], ids=str)
-def test_a_checkpointed_step_has_the_same_loss_and_gradients_in_pieces(checkpointed, config, options, monkeypatch):
+def test_checkpointed_step_gives_the_plain_loss_in_pieces(checkpointed, config, options, monkeypatch):
     batch, plain = make_batch(config) | options, without_checkpointing(checkpointed)
     outputs = plain(**batch)
     expected = {"loss": outputs.loss, **gradients(plain, outputs.loss)}
@@ -197,14 +202,12 @@ def test_a_checkpointed_step_has_the_same_loss_and_gradients_in_pieces(checkpoin
     assert outputs.logits is None
     actual = {"loss": outputs.loss, **gradients(checkpointed, outputs.loss)}
     once = [2, 2, 2, 2] if "ignore_index" in options else [2, 2, 2, 2, 1]  # one of 9 supervised tokens is 22
-    assert rows == 2 * once  # in forward and in backward
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert (actual[name] - tensor).norm() <= 1e-10 * tensor.norm().clamp(min=1e-4), name
+    assert rows == 2 * once  # once in forward, once in backward
+    assert_same(actual, expected, smallest_norm=1e-4)
 
 
-def test_logits_where_they_are_wanted_or_cannot_be_done_without(checkpointed, config):
-    """Without gradients or labels, with a hook on the head, for another loss or one that is asked for more."""
+def test_checkpointed_model_omits_logits_only_if_pieces_suffice(checkpointed, config):
+    """Logits come without gradients or labels, with a hook on the head, and for other losses or options."""
     inputs, labels = split(make_batch(config))
     batch = inputs | {"labels": labels}
     assert checkpointed(**batch).logits is None
@@ -225,7 +228,7 @@ def test_logits_where_they_are_wanted_or_cannot_be_done_without(checkpointed, co
     assert_close(outputs.loss, 2 * checkpointed(**batch).loss)
 
 
-def test_a_checkpointed_step_with_nothing_to_learn(checkpointed, config):
+def test_checkpointed_loss_without_supervised_tokens_is_zero(checkpointed, config):
     inputs, labels = split(make_batch(config))
     loss = checkpointed(**inputs, labels=torch.full_like(labels, -100)).loss
     assert loss == 0
@@ -234,8 +237,8 @@ def test_a_checkpointed_step_with_nothing_to_learn(checkpointed, config):
     assert not any(gradient.any() for gradient in found.values())
 
 
-def test_mixed_precision(config):
-    """As the Trainer's `bf16` has it: weights in float32, most operations in bfloat16."""
+def test_autocast_loss_is_close_to_float32(config):
+    """The Trainer's `bf16` keeps weights in float32, and computes most operations in bfloat16."""
     model, batch = tiny_model(config).train(), make_batch(config)
     expected = model(**batch).loss
     with torch.autocast("cpu", torch.bfloat16):
@@ -245,13 +248,13 @@ def test_mixed_precision(config):
     assert all(gradient.isfinite().all() for gradient in gradients(model, loss).values())
 
 
-def test_transformers_knows_the_kind_of_loss(model):
-    """Rather than guess it, warn, and tell the Trainer that labels are not shifted."""
+def test_model_declares_its_loss_type(model):
+    """Otherwise Transformers would guess it, warn, and tell the Trainer that labels are not shifted."""
     assert model.loss_type == "ForCausalLM"
     assert model.loss_function is ForCausalLMLoss
 
 
-def test_more_tokens_in_the_vocabulary(config):
+def test_loss_works_after_resizing_the_vocabulary(config):
     model = tiny_model(config)
     batch = make_batch(config)
     model.resize_token_embeddings(VOCABULARY + 8)

@@ -1,12 +1,11 @@
-"""The model against its naive form: one frame and one token at a time, in float64, by plain operations alone."""
+"""The model against a naive form that takes one frame and one token at a time, in float64."""
 
 import copy
 import math
 
 import pytest
 import torch
-from double_precision import compute_in_double
-from tiny import VOCABULARY, random_pixels, tiny_config, tiny_model
+from tiny import VOCABULARY, pad_left, random_pixels, tiny_config, tiny_model
 from torch.testing import assert_close
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -14,7 +13,7 @@ from transformers_ma2mba.modeling_ma2mba import pool_patches
 
 KINDS = ["clip", "siglip"]
 EXACT = dict(rtol=0, atol=1e-12)  # float64 throughout
-# The language model computes norms and scans in float32, and the logits are float32: rounding, over a few layers.
+# The language model computes norms, scans and logits in float32, and rounds in each layer.
 ROUNDED = dict(rtol=1e-5, atol=1e-5)
 
 
@@ -25,14 +24,14 @@ def double(config):
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 pixels to what the vision encoder takes, in float64."""
+    """Converts uint8 pixels to the input of the vision encoder, in float64."""
     mean = torch.tensor(OPENAI_CLIP_MEAN, dtype=torch.float64).view(3, 1, 1)
     std = torch.tensor(OPENAI_CLIP_STD, dtype=torch.float64).view(3, 1, 1)
     return (pixels.double() / 255 - mean) / std
 
 
 def naive_pool(grid: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
-    """Bilinear interpolation of a square grid to half its side, rounded up, at pixel centres, without antialiasing."""
+    """Interpolates a square grid bilinearly to half its side, rounded up, at pixel centres, without antialiasing."""
     side = len(grid)
     pooled_side = math.ceil(side / 2)
     weights = []  # of the source rows, for each target row; the same for columns
@@ -47,12 +46,12 @@ def naive_pool(grid: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
 
 
 def naive_frame_tokens(model, frame: torch.Tensor) -> torch.Tensor:
-    """`(3, height, width)` normalised pixels of one frame to its tokens: the paper's path, step by step."""
+    """Converts one frame, `(3, height, width)` normalised pixels, to tokens by the steps of the paper."""
     tower = model.model.vision_tower
     hidden = tower.embeddings(frame[None])
     if hasattr(tower, "pre_layrnorm"):
         hidden = tower.pre_layrnorm(hidden)
-    for layer in tower.encoder.layers[:-1]:  # the penultimate layer's features
+    for layer in tower.encoder.layers[:-1]:  # up to the penultimate layer
         hidden = layer(hidden, None)
     features = list(hidden[0])
     if hasattr(tower.embeddings, "class_embedding"):
@@ -71,7 +70,10 @@ def naive_frame_tokens(model, frame: torch.Tensor) -> torch.Tensor:
 
 
 def naive_embeddings(model, input_ids, images, videos):
-    """One text's embeddings, each placeholder replaced by the next token of its kind; frames as normalised pixels."""
+    """Embeddings of one text, with each placeholder replaced by the next token of its kind.
+
+    Images and videos are frames of normalised pixels.
+    """
     config = model.config
     waiting = {
         config.image_token_id: [token for frame in images for token in naive_frame_tokens(model, frame)],
@@ -83,7 +85,8 @@ def naive_embeddings(model, input_ids, images, videos):
     return torch.stack(rows)
 
 
-def embeddings_seen_by_the_language_model(model, **inputs):
+def inputs_of_the_language_model(model, **inputs):
+    """The embeddings that the language model receives."""
     seen = []
     handle = model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
@@ -95,12 +98,12 @@ def embeddings_seen_by_the_language_model(model, **inputs):
     return seen[0]
 
 
-def sample(config, *pieces):
-    """Token ids: numbers as they are, "video" and "image" as one frame's placeholders."""
+def sample(config, *content):
+    """Token ids from numbers, and from "video" and "image", which stand for the placeholders of one frame."""
     placeholders = {"video": config.video_token_id, "image": config.image_token_id}
     ids = []
-    for piece in pieces:
-        ids += [placeholders[piece]] * config.tokens_per_frame if isinstance(piece, str) else [piece]
+    for item in content:
+        ids += [placeholders[item]] * config.tokens_per_frame if isinstance(item, str) else [item]
     return torch.tensor([ids])
 
 
@@ -111,7 +114,7 @@ def sample(config, *pieces):
 @pytest.mark.parametrize("patches", [1, 2, 3, 4, 5, 7])
 @torch.no_grad()
 def test_frame_tokens_equal_the_naive_path(kind, patches):
-    config = tiny_config(kind, vision=dict(image_size=8 * patches + 3))  # what is over does not make a patch
+    config = tiny_config(kind, vision=dict(image_size=8 * patches + 3))  # the remaining 3 px do not make a patch
     model = tiny_model(config, dtype=torch.float64)
     frames = normalise(random_pixels(4, config.vision_config.image_size))
     tokens = model.get_video_features(frames).pooler_output
@@ -128,8 +131,8 @@ def test_bilinear_pooling_of_even_grids_averages_blocks():
 
 @pytest.mark.parametrize("mode", ["average", "max"])
 @pytest.mark.parametrize("side, stride", [(4, 2), (5, 2), (5, 3), (7, 4), (3, 9)])
-def test_other_pooling(mode, side, stride):
-    """Blocks from the top left on; those over the edge hold what is there."""
+def test_average_and_max_pooling_take_blocks_from_the_top_left(mode, side, stride):
+    """Blocks at the edge may be smaller."""
     features = torch.randn(2, side**2, 5, dtype=torch.float64)
     grid = features.view(2, side, side, 5)
     expected = []
@@ -142,7 +145,7 @@ def test_other_pooling(mode, side, stride):
 
 @pytest.mark.parametrize("layer", [-4, -1, 0, 1, 3])
 @torch.no_grad()
-def test_feature_layer(layer):
+def test_vision_feature_layer_selects_the_hidden_states(layer):
     model = tiny_model(tiny_config(vision_feature_layer=layer), dtype=torch.float64)
     tower, frames = model.model.vision_tower, normalise(random_pixels(2))
     hidden = [tower.pre_layrnorm(tower.embeddings(frames))]
@@ -154,7 +157,7 @@ def test_feature_layer(layer):
 
 @pytest.mark.parametrize("frames_per_vision_pass", [1, 2, 7, 100])
 @torch.no_grad()
-def test_frames_per_vision_pass_changes_nothing(double, monkeypatch, frames_per_vision_pass):
+def test_frames_per_vision_pass_does_not_change_the_tokens(double, monkeypatch, frames_per_vision_pass):
     frames = normalise(random_pixels(7))
     expected = torch.stack([naive_frame_tokens(double, frame) for frame in frames])
     sizes = []
@@ -169,7 +172,7 @@ def test_frames_per_vision_pass_changes_nothing(double, monkeypatch, frames_per_
 def test_uint8_pixels_are_normalised_in_the_model(double, model):
     pixels = random_pixels(3)
     normalised = normalise(pixels)
-    # Pixels become floats in float32, also in a float64 model.
+    # A float64 model also converts pixels to float32 first.
     assert_close(
         double.get_video_features(pixels).pooler_output,
         double.get_video_features(normalised).pooler_output,
@@ -185,7 +188,7 @@ def test_uint8_pixels_are_normalised_in_the_model(double, model):
 
 
 @torch.no_grad()
-def test_normalisation_is_the_configs():
+def test_normalisation_follows_the_configuration():
     plain = tiny_config(image_mean=[0.0, 0.0, 0.0], image_std=[1.0, 1.0, 1.0])
     model = tiny_model(plain)
     pixels = random_pixels(2)
@@ -194,14 +197,14 @@ def test_normalisation_is_the_configs():
 
 
 @torch.no_grad()
-def test_an_image_is_a_video_of_one_frame(double):
+def test_images_get_the_features_of_video_frames(double):
     pixels = random_pixels(3)
     images, video = double.get_image_features(pixels), double.get_video_features(pixels)
     assert torch.equal(images.pooler_output, video.pooler_output)
 
 
 @torch.no_grad()
-def test_bfloat16(config):
+def test_bfloat16_logits_are_close_to_float32(config):
     model = tiny_model(config, dtype=torch.bfloat16)
     input_ids = sample(config, 5, "video", "video", 9)
     logits = model(input_ids=input_ids, pixel_values_videos=random_pixels(2)).logits
@@ -210,12 +213,12 @@ def test_bfloat16(config):
     assert (logits - single).abs().max() < 0.1 * single.abs().max()
 
 
-# From tokens into the text
+# From tokens to the text
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_images_and_videos_interleaved_in_one_text(kind):
+def test_interleaved_images_and_videos_equal_the_naive_path(kind):
     config = tiny_config(kind)
     model = tiny_model(config, dtype=torch.float64)
     input_ids = sample(config, 5, "image", 6, "video", "video", 7, 8, "image", "image", "video", 9)
@@ -223,22 +226,20 @@ def test_images_and_videos_interleaved_in_one_text(kind):
     images, videos = frames[:3], frames[3:]
     inputs = dict(input_ids=input_ids, pixel_values=images, pixel_values_videos=videos)
     expected = naive_embeddings(model, input_ids[0], images, videos)
-    assert_close(embeddings_seen_by_the_language_model(model, **inputs)[0], expected, **EXACT)
+    assert_close(inputs_of_the_language_model(model, **inputs)[0], expected, **EXACT)
 
     naive_logits = model(inputs_embeds=expected[None]).logits
     assert_close(model(**inputs).logits, naive_logits, **ROUNDED)
-    assert naive_logits.std() > 0.1  # or closeness would mean little
+    assert naive_logits.std() > 0.1  # otherwise the comparison would prove little
 
 
 @torch.no_grad()
-def test_a_batch_shares_frames_out_by_placeholders(double, config):
+def test_placeholders_distribute_frames_over_a_batch(double, config):
     """Three texts, two of them padded on the left: a video and an image, an image alone, a longer video."""
     texts = [sample(config, 5, "video", 6, "image", 7), sample(config, 8, "image", 9)]
     texts.append(sample(config, "video", "video", "video", 4, 3))
-    length = max(text.shape[1] for text in texts)
-    pad = torch.nn.functional.pad
-    input_ids = torch.cat([pad(text, (length - text.shape[1], 0), value=1) for text in texts])
-    mask = torch.cat([pad(torch.ones_like(text), (length - text.shape[1], 0)) for text in texts])
+    input_ids = pad_left(texts, 1)
+    mask = pad_left([torch.ones_like(text) for text in texts], 0)
     frames = normalise(random_pixels(6))
     images, videos = frames[:2], frames[2:]
     output = double(input_ids=input_ids, attention_mask=mask, pixel_values=images, pixel_values_videos=videos)
@@ -250,7 +251,7 @@ def test_a_batch_shares_frames_out_by_placeholders(double, config):
 
 
 @torch.no_grad()
-def test_embeddings_in_place_of_ids(double, config):
+def test_embeddings_may_replace_ids(double, config):
     input_ids = sample(config, 5, "image", "video", 9)
     pixels = dict(pixel_values=random_pixels(1), pixel_values_videos=random_pixels(1, seed=1))
     embeddings = double.get_input_embeddings()(input_ids)
@@ -258,7 +259,7 @@ def test_embeddings_in_place_of_ids(double, config):
 
 
 @torch.no_grad()
-def test_features_in_place_of_pixels(double, config):
+def test_features_may_replace_pixels(double, config):
     input_ids = sample(config, 5, "image", "video", 9)
     images, videos = random_pixels(1), random_pixels(1, seed=1)
     features = {"image": double.get_image_features(images), "video": double.get_video_features(videos)}
@@ -275,7 +276,7 @@ def test_features_in_place_of_pixels(double, config):
     ids=["all", "last", "last-three", "first", "chosen"],
 )
 @torch.no_grad()
-def test_logits_to_keep(model, keep):
+def test_logits_to_keep_selects_the_rows_of_the_head(model, keep):
     input_ids = torch.arange(10, 22).view(2, 6)
     input_ids = torch.cat([input_ids, input_ids + 5], 1)
     full = model(input_ids).logits
@@ -291,8 +292,8 @@ def test_logits_to_keep(model, keep):
 
 @pytest.mark.parametrize("cut", [1, 7, 8, 9, 12])
 @torch.no_grad()
-def test_a_sequence_in_two_pieces(double, config, cut):
-    """Chunks are of 8 tokens: the second piece goes on from the state that the first one leaves."""
+def test_second_half_continues_from_the_state_of_the_first(double, config, cut):
+    """Chunks have 8 tokens, so the cuts fall before, at and after their borders."""
     input_ids = sample(config, 5, "video", 3, "video", 9, 4, 7)
     pixels = random_pixels(2)
     whole = double(input_ids, pixel_values_videos=pixels, use_cache=True)
@@ -308,7 +309,7 @@ def test_a_sequence_in_two_pieces(double, config, cut):
 
 
 @torch.no_grad()
-def test_hidden_states(model, config):
+def test_output_hidden_states_returns_all_layers(model, config):
     output = model(sample(config, 5, 6, 7), output_hidden_states=True)
     assert len(output.hidden_states) == config.text_config.num_hidden_layers + 1
     assert_close(model.lm_head(output.hidden_states[-1]), output.logits)
@@ -316,14 +317,14 @@ def test_hidden_states(model, config):
 
 
 @torch.no_grad()
-def test_the_state_is_handed_out_only_when_asked_for(model, config):
+def test_training_returns_the_state_only_with_use_cache(model, config):
     input_ids = sample(config, 5, 6, 7)
     assert model(input_ids, use_cache=False).cache_params is None
     assert model(input_ids, labels=input_ids).cache_params is None
     assert model(input_ids, labels=input_ids, use_cache=True).cache_params is not None
 
 
-# What does not fit
+# Mismatched inputs
 
 
 @pytest.mark.parametrize(
@@ -340,7 +341,7 @@ def test_the_state_is_handed_out_only_when_asked_for(model, config):
     ids=["small", "wide", "channels-last", "one-frame", "batch-axis", "int64", "bool"],
 )
 @pytest.mark.parametrize("name", ["pixel_values", "pixel_values_videos"])
-def test_pixels_that_do_not_fit_the_vision_encoder(model, config, name, pixels, message):
+def test_pixels_of_a_wrong_shape_or_type_are_refused(model, config, name, pixels, message):
     placeholder = "image" if name == "pixel_values" else "video"
     with pytest.raises(ValueError, match=f"^{name} .*{message}"):
         model(sample(config, 5, placeholder, placeholder), **{name: pixels})
@@ -348,14 +349,14 @@ def test_pixels_that_do_not_fit_the_vision_encoder(model, config, name, pixels, 
 
 @pytest.mark.parametrize("placeholders", [1, 3], ids=["fewer", "more"])
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_placeholders_that_do_not_match_the_frames(model, config, kind, placeholders):
+def test_mismatch_of_placeholders_and_frames_is_refused(model, config, kind, placeholders):
     name = {"image": "pixel_values", "video": "pixel_values_videos"}[kind]
     message = f"has {4 * placeholders} {kind} placeholders, but 2 frames of 4 tokens need 8"
     with pytest.raises(ValueError, match=message):
         model(sample(config, 5, *[kind] * placeholders), **{name: random_pixels(2)})
 
 
-def test_ids_and_embeddings_exclude_each_other(model, config):
+def test_model_takes_either_ids_or_embeddings(model, config):
     input_ids = sample(config, 5)
     for inputs in ({}, dict(input_ids=input_ids, inputs_embeds=model.get_input_embeddings()(input_ids))):
         with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
@@ -363,8 +364,7 @@ def test_ids_and_embeddings_exclude_each_other(model, config):
 
 
 @pytest.mark.parametrize("tokens_per_pass", [2, 3, 8, 19])
-def test_long_sequences_go_through_the_language_model_in_pieces(double, monkeypatch, tokens_per_pass):
-    compute_in_double(monkeypatch)
+def test_tokens_per_pass_limits_the_tokens_of_a_pass(double, in_double, monkeypatch, tokens_per_pass):
     ids = torch.randint(2, 300, (2, 20), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
@@ -377,26 +377,26 @@ def test_long_sequences_go_through_the_language_model_in_pieces(double, monkeypa
         handle = double.model.language_model.layers[0].register_forward_pre_hook(
             lambda module, args: lengths.append(args[0].shape[1])
         )
-        pieces = double(ids, attention_mask=mask, use_cache=True)
+        passes = double(ids, attention_mask=mask, use_cache=True)
         handle.remove()
         continued = double(ids[:, 9:], cache_params=state, use_cache=True)
         assert double(ids).cache_params is not None and double(ids, use_cache=False).cache_params is None
     assert sum(lengths) == 20 and max(lengths) <= tokens_per_pass + 1
-    for result, expected in [(pieces, whole.logits), (continued, whole.logits[:, 9:])]:
+    for result, expected in [(passes, whole.logits), (continued, whole.logits[:, 9:])]:
         assert_close(result.logits, expected, **EXACT)
         for layer, other in zip(result.cache_params.layers, whole.cache_params.layers, strict=True):
             assert_close(layer.conv_states[0], other.conv_states[0], **EXACT)
             assert_close(layer.recurrent_states[0], other.recurrent_states[0], **EXACT)
 
 
-def test_a_long_prompt_is_answered_as_in_one_piece(double, monkeypatch):
+def test_tokens_per_pass_does_not_change_the_answer(double, monkeypatch):
     ids = torch.randint(2, 300, (1, 40), generator=torch.Generator().manual_seed(0))
     expected = double.generate(ids, max_new_tokens=5, do_sample=False)
     monkeypatch.setattr(double.config, "tokens_per_pass", 8)
     assert torch.equal(double.generate(ids, max_new_tokens=5, do_sample=False), expected)
 
 
-def test_layers_that_would_share_a_place_in_the_state_are_refused(double):
+def test_layers_with_the_same_layer_idx_are_refused(double):
     model = copy.deepcopy(double)
     layers = model.model.language_model.layers
     layers.append(copy.deepcopy(layers[0]))
