@@ -29,7 +29,7 @@ def assert_same(actual, expected, tolerance=1e-10, smallest_norm=0.0, nonzero=Fa
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the number of elements in the largest storage that an operation returns."""
+    """The number of elements in the largest storage that an operation returns."""
 
     numel = 0
 

@@ -24,7 +24,7 @@ def pytest_configure(config):
 
 
 class DeprecationHandler(logging.Handler):
-    """Collects the deprecations that Transformers logs instead of raising a warning."""
+    """A handler that collects the deprecations that Transformers logs instead of warning about them."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class DeprecationHandler(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def no_logged_deprecation():
-    """Fails a test if Transformers logs a deprecation during it."""
+    """Fail a test if Transformers logs a deprecation during it."""
     handler = DeprecationHandler()
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)
@@ -49,7 +49,7 @@ def no_logged_deprecation():
 
 @pytest.fixture
 def in_double(monkeypatch):
-    """Computes in float64 throughout, as [`compute_in_double`] describes."""
+    """Compute in float64 throughout, as [`compute_in_double`] describes."""
     compute_in_double(monkeypatch)
 
 

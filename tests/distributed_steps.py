@@ -34,7 +34,7 @@ ANSWER = 4
 
 
 def build(order: str | None, frozen=False, default=False):
-    """The model in training mode.
+    """Build the model in training mode.
 
     Args:
         order: an order of the grid, "default", "differ", or None for no checkpointing.

@@ -12,6 +12,6 @@ class DoubleTorch:
 
 
 def compute_in_double(monkeypatch):
-    """Replaces the conversions to float32 in norms, residuals, A, the stock scan and the loss by float64."""
+    """Replace the conversions to float32 in norms, residuals, A, the stock scan and the loss by float64."""
     monkeypatch.setattr(modeling_mamba2, "torch", DoubleTorch())
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)

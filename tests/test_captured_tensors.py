@@ -39,7 +39,7 @@ def gradients_of_layers(model):
 
 
 def assert_plain_gradients(run, order="layer-major"):
-    """Asserts that a function of a model gives the same gradients with and without checkpointing."""
+    """Assert that a function of a model gives the same gradients with and without checkpointing."""
     assert_same(run(checkpointed(trunk(), order)), run(trunk()))
 
 
@@ -315,7 +315,7 @@ def test_backward_uses_a_parameter_replaced_since_forward():
 
 
 def assert_backward_ignores(change, prepare=lambda model: model):
-    """Compares gradients of the plain run and the grid if `change` comes between forward and backward.
+    """Compare gradients of the plain run and the grid if `change` comes between forward and backward.
 
     The grid is a single cell, so that dropout draws the same masks in both.
     """

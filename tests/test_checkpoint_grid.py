@@ -28,7 +28,7 @@ trunk = partial(tiny_mamba2, num_hidden_layers=LAYERS)
 
 
 def checkpointed(model, layer_interval, sequence_interval, order="layer-major", state_interval=1, **options):
-    """A copy of the model that runs in a grid."""
+    """A copy of the model with MA-GC."""
     grid = enable_multi_axis_checkpointing(
         copy.deepcopy(model), layer_interval, sequence_interval, order=order, **options
     )
@@ -36,7 +36,7 @@ def checkpointed(model, layer_interval, sequence_interval, order="layer-major", 
 
 
 def keeping_states(grid, state_interval):
-    """Sets the interval, in segments, between borders whose states are kept.
+    """Set the interval, in segments, between borders whose states are kept.
 
     Otherwise only the planner chooses this interval, for a memory budget.
     """
@@ -248,7 +248,7 @@ def test_random_cases_equal_the_plain_run(data):
 
 
 class KeptWhole:
-    """Replaces the checkpointing Function by the same forward pass under plain autograd, without recomputation."""
+    """A replacement of the checkpointing Function: the same forward pass under plain autograd."""
 
     @staticmethod
     def apply(walk, hidden_states, *tensors):
@@ -575,7 +575,7 @@ def test_states_without_a_cache_layer_of_their_own_are_refused():
 
 @contextmanager
 def each_tensor_once():
-    """Lets each tensor that autograd keeps be unpacked only once."""
+    """Allow each tensor that autograd keeps to be unpacked only once."""
     given = []
 
     def unpack(packed):

@@ -1,4 +1,4 @@
-"""A deprecation that this package causes fails the tests, whether it is raised as a warning or logged."""
+"""A deprecation that this package causes fails the tests, as a warning or in the log."""
 
 import logging
 import warnings

@@ -50,7 +50,7 @@ TRAINED = ["layer-major", "sequence-major", "frozen", "default"]
 
 
 def launch(*arguments):
-    """Runs distributed_steps.py in two processes. The error contains their output if they fail."""
+    """Run distributed_steps.py in two processes. The error contains their output if they fail."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
     command += ["--rdzv_endpoint=localhost:0", distributed_steps.__file__, *map(str, arguments)]
     environment = {

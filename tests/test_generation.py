@@ -149,9 +149,7 @@ def test_beam_search_equals_the_naive_form(model, config, use_cache):
     options = dict(max_new_tokens=6, num_beams=3, num_return_sequences=3, use_cache=use_cache)
     found = generate(model, inputs, **options)
     assert torch.equal(found, naive_beam_search(model, inputs, 3, 6))
-    assert not torch.equal(
-        found[0], generate(model, inputs, max_new_tokens=6)[0]
-    )  # greedy decoding finds another text
+    assert not torch.equal(found[0], generate(model, inputs, max_new_tokens=6)[0])  # unlike greedy decoding
 
 
 def test_beam_search_in_a_batch_gives_each_beam_its_own_video(model, config):

@@ -57,7 +57,7 @@ def gradients(loss_function, head, hidden_states, targets, scale=1.0, **kwargs) 
 
 
 def assert_plain_loss(head, hidden_states, targets, positions_per_piece=5, tolerance=EXACT, **kwargs):
-    """Asserts that the pieces give the plain loss and gradients. A factor stands for operations after the loss."""
+    """Assert that the pieces give the plain loss and gradients. A factor stands for operations after the loss."""
     actual = gradients(loss_in_pieces, head, hidden_states, targets, 3.0, **kwargs, **pieces_of(positions_per_piece))
     expected = gradients(plain, head, hidden_states, targets, 3.0, **kwargs)
     assert_close(actual, expected, **tolerance)
@@ -171,7 +171,7 @@ def test_no_tensor_is_larger_than_the_logits_of_a_piece(dtype):
 
 
 class Shares(TorchDispatchMode):
-    """Records, at each matrix product that makes a gradient of a weight, how many of its gradients are in memory."""
+    """The number of gradients of a weight in memory after each matrix product that makes one."""
 
     def __init__(self, weight):
         super().__init__()
@@ -484,7 +484,7 @@ def test_loss_works_inside_pytorch_checkpoints_and_save_on_cpu(in_double):
 @pytest.mark.parametrize("positions", [0, POSITIONS])
 def test_hooks_of_a_sharded_head_run_once_for_all_pieces(in_double, positions):
     head, (hidden_states, targets) = make_head(), make_inputs()
-    hidden_states = hidden_states.detach()[:positions]  # needs no gradient, but hooks in backward need one
+    hidden_states = hidden_states.detach()[:positions]  # hooks in backward must work without its gradient
     targets = targets[:positions]
     expected = gradients(plain, head, hidden_states, targets) if positions else None
     head.ds_id = 0  # ZeRO-3 marks its modules like this
@@ -521,7 +521,7 @@ def test_head_sharded_by_fsdp2_equals_the_plain_run(in_double, process_group):
     gathered = []
     head.register_forward_pre_hook(lambda head, args: gathered.append(type(head.weight)))
     loss = loss_in_pieces(head, hidden_states, targets, **pieces_of(4))
-    assert gathered == [nn.Parameter]  # gathered once, from a DTensor
+    assert gathered == [nn.Parameter]  # one call for all pieces, with the whole weight instead of a DTensor
     loss.backward()
     assert_close(loss, expected["loss"], **EXACT)
     assert_close(hidden_states.grad, expected["hidden_states"], **EXACT)

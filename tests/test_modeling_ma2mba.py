@@ -24,14 +24,14 @@ def double(config):
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """Converts uint8 pixels to the input of the vision encoder, in float64."""
+    """Convert uint8 pixels to the input of the vision encoder, in float64."""
     mean = torch.tensor(OPENAI_CLIP_MEAN, dtype=torch.float64).view(3, 1, 1)
     std = torch.tensor(OPENAI_CLIP_STD, dtype=torch.float64).view(3, 1, 1)
     return (pixels.double() / 255 - mean) / std
 
 
 def naive_pool(grid: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
-    """Interpolates a square grid bilinearly to half its side, rounded up, at pixel centres, without antialiasing."""
+    """Interpolate a square grid bilinearly to half its side, rounded up, at pixel centres, without antialiasing."""
     side = len(grid)
     pooled_side = math.ceil(side / 2)
     weights = []  # of the source rows, for each target row; the same for columns
@@ -46,7 +46,7 @@ def naive_pool(grid: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
 
 
 def naive_frame_tokens(model, frame: torch.Tensor) -> torch.Tensor:
-    """Converts one frame, `(3, height, width)` normalised pixels, to tokens by the steps of the paper."""
+    """Convert one frame, `(3, height, width)` normalised pixels, to tokens by the steps of the paper."""
     tower = model.model.vision_tower
     hidden = tower.embeddings(frame[None])
     if hasattr(tower, "pre_layrnorm"):

@@ -1,4 +1,4 @@
-"""A checkpointed `Mamba2ForCausalLM` gives the stock loss and gradients, and never computes the logits at once."""
+"""A checkpointed `Mamba2ForCausalLM`: the stock loss and gradients, without the logits of all positions at once."""
 
 import copy
 from functools import partial
@@ -42,12 +42,12 @@ def step(model, **inputs) -> dict:
 
 
 def checkpointed(model):
-    """A copy of the model that runs in a grid of several cells."""
+    """A copy of the model with MA-GC in several cells."""
     return enable_multi_axis_checkpointing(copy.deepcopy(model), 2, 4)
 
 
 def assert_stock_step(plain, **inputs):
-    """Asserts that checkpointing does not change loss and gradients."""
+    """Assert that checkpointing does not change loss and gradients."""
     assert_same(step(checkpointed(plain), **inputs), step(plain, **inputs))
 
 

@@ -61,7 +61,7 @@ class LazyOffloader(Offloader):
 
 @pytest.fixture
 def lazily(monkeypatch):
-    """Replaces CUDA's streams by lazy ones. Returns a list with the shape of each tensor that is copied."""
+    """Replace CUDA's streams by lazy ones, and list the shapes of the tensors that are copied."""
     main, current, copies = MainStream(), [], []
     copy_now, empty = torch.Tensor.copy_, torch.empty
 

@@ -51,7 +51,7 @@ def walks(monkeypatch):
 
 
 def assert_switchable(model, expected, walks):
-    """Compares gradients while the model is checkpointed, after disabling it, and after enabling it again."""
+    """Compare gradients while the model is checkpointed, after disabling it, and after enabling it again."""
     assert_same(gradients(model), expected)
     assert walks == [1]
     disable_multi_axis_checkpointing(model)

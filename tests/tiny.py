@@ -138,7 +138,7 @@ def random_frames(num_frames: int, height=32, width=32, seed=0) -> np.ndarray:
 
 
 def random_pixels(num_frames: int, size=32, seed=0) -> torch.Tensor:
-    """The same frames as `(num_frames, 3, size, size)` uint8 pixels, the model's input."""
+    """The frames of [`random_frames`] as the model takes them: `(num_frames, 3, size, size)` uint8 pixels."""
     return torch.from_numpy(random_frames(num_frames, size, size, seed)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -149,7 +149,7 @@ def random_embeddings(length=19, batch_size=2, dtype=torch.float64) -> torch.Ten
 
 
 def pad_left(samples: list[torch.Tensor], value) -> torch.Tensor:
-    """Joins `(1, length)` tensors of different lengths into one batch, padded on the left."""
+    """Join `(1, length)` tensors of different lengths into one batch, padded on the left."""
     longest = max(sample.shape[1] for sample in samples)
     return torch.cat([nn.functional.pad(sample, (longest - sample.shape[1], 0), value=value) for sample in samples])
 
