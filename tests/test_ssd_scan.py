@@ -161,7 +161,7 @@ def test_exact_for_any_shape(
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(module, "TILE", {"cpu": tile})
         monkeypatch.setattr(module, "TILES_PER_SPAN", tiles_per_span)
-        monkeypatch.setattr(module, "NUMBERS_PER_SPAN", {"cpu": numbers_per_span})
+        monkeypatch.setattr(module, "ELEMENTS_PER_SPAN", {"cpu": numbers_per_span})
         found = with_gradients(ssd_scan, inputs)
     assert_same(found, with_gradients(naive_scan, inputs), **EXACT)
 
@@ -258,7 +258,7 @@ def as_in_a_graph(monkeypatch):
 @pytest.mark.parametrize("optional", [False, True], ids=["required inputs", "all inputs"])
 @pytest.mark.parametrize("length", [7, 53])
 def test_operator_is_the_function(small_tiles, as_in_a_graph, length, optional, use, monkeypatch):
-    monkeypatch.setattr(module, "NUMBERS_PER_SPAN", {"cpu": 16 * 4 * 8})  # one row at a time
+    monkeypatch.setattr(module, "ELEMENTS_PER_SPAN", {"cpu": 16 * 4 * 8})  # one row at a time
     inputs = random_inputs(length, groups=2, optional=optional)
     found = with_gradients(ssd_scan, inputs, use)
     monkeypatch.undo()
@@ -358,7 +358,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_nothing_as_large_as_pairs_of_tokens_is_made(small_tiles, monkeypatch, batch_size):
-    monkeypatch.setattr(module, "NUMBERS_PER_SPAN", {"cpu": 16 * 4 * 8})
+    monkeypatch.setattr(module, "ELEMENTS_PER_SPAN", {"cpu": 16 * 4 * 8})
     inputs = random_inputs(512, batch_size, heads=4, head_dim=2, state_size=2)
     with LargestTensor() as largest:
         with_gradients(ssd_scan, inputs)
@@ -375,7 +375,7 @@ def test_refuses_what_it_does_not_know():
             ssd_scan(**inputs, chunk_size=8, **{name: torch.zeros(2, 5)})
     with pytest.raises(ValueError, match="at least one token"):
         ssd_scan(**inputs | dict(hidden_states=torch.zeros(2, 0, 4, 3)), chunk_size=8)
-    with pytest.raises(ValueError, match="4 heads cannot be shared out among 3 groups"):
+    with pytest.raises(ValueError, match="4 heads cannot be divided among 3 groups"):
         ssd_scan(**inputs | dict(B=torch.zeros(2, 5, 3, 5), C=torch.zeros(2, 5, 3, 5)), chunk_size=8)
 
 

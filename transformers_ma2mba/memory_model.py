@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .shape import Mamba2Shape, indexable_tokens, segments_of
-from .ssd_scan import NUMBERS_PER_SPAN, TILE, TILES_PER_SPAN
+from .ssd_scan import ELEMENTS_PER_SPAN, TILE, TILES_PER_SPAN
 
 
 class TrainedSizes(NamedTuple):
@@ -310,24 +310,19 @@ def state_interval_of(segments, rerun):
 def _scan_working_bytes(sizes: MemorySizes, tokens):
     """Working memory of `ssd_scan`'s backward for a segment of `tokens` tokens.
 
-    It goes span by span, from the last to the first. For each token of a span it holds three tensors as wide as x, and
-    B, C and their gradients. The tiles' inner part then adds three matrices of tokens times tile for each head. The
-    part across tiles adds four tensors as wide as x and three states for each tile; these still exist when the inner
-    part of the span before begins.
+    It holds one span at a time. For each token of the span it holds three tensors as wide as x, and B, C and their
+    gradients. The tiles' inner part adds three matrices of tokens times tile for each head. In their place, the part
+    across tiles adds four tensors as wide as x and three states for each tile.
     """
     shape, batch_size, tile = sizes.shape, sizes.step.batch_size, TILE[sizes.step.scan_kind]
-    longest = tile * TILES_PER_SPAN
-    span = np.minimum(tokens, longest)
+    span = np.minimum(tokens, tile * TILES_PER_SPAN)
     # Samples that the scan takes at a time.
-    samples = NUMBERS_PER_SPAN[sizes.step.scan_kind] // (shape.num_heads * max(shape.head_dim, tile) * span)
+    samples = ELEMENTS_PER_SPAN[sizes.step.scan_kind] // (shape.num_heads * max(shape.head_dim, tile) * span)
     samples = np.clip(samples, 1, batch_size)
-    behind = np.clip(tokens - tokens % tile - span, 0, longest)  # tokens of the span after, whose tensors still exist
-    # In a segment of one span without tokens left over, these are the tensors of the samples taken before.
-    behind = np.where((tokens <= longest) & (tokens % tile == 0) & (2 * samples <= batch_size), span, behind)
     inputs = 3 * shape.inner + shape.n_groups * (4 * shape.state_size + tile)
     within = 3 * tile * shape.num_heads
     across = 4 * shape.inner + 3 * shape.recurrent // tile
-    return sizes.scan_itemsize * samples * (span * inputs + np.maximum(span * within + behind * across, span * across))
+    return sizes.scan_itemsize * samples * span * (inputs + max(within, across))
 
 
 def _cell_bytes(sizes: MemorySizes, tokens, layers, borders, first=False):
