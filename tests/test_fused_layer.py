@@ -1,5 +1,7 @@
-"""The fused layer against the stock one in float64: outputs, states and gradients. In place of mamba-ssm's kernel
-stands a naive double of it; `tests/interpreted_kernels` has the kernels themselves."""
+"""The fused layer against the stock layer in float64: outputs, states and gradients.
+
+A naive double replaces mamba-ssm's kernel; `tests/interpreted_kernels` tests the kernels themselves.
+"""
 
 import copy
 import itertools
@@ -16,8 +18,9 @@ from torch.nn.utils import parametrize
 from transformers import Mamba2Model
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Block
 
-from transformers_ma2mba import fused_layer
+from transformers_ma2mba import fused_layer, kernel_choice
 from transformers_ma2mba.fused_layer import FusedLayer, forwards_of, why_not_fused
+from transformers_ma2mba.kernel_choice import Kernels
 from transformers_ma2mba.multi_axis_checkpointing import enable_multi_axis_checkpointing
 from transformers_ma2mba.recurrent_state import LayerState, carried_cache, read_state, write_state
 
@@ -48,7 +51,7 @@ def split_conv1d_scan(
     ngroups=1,
     norm_before_gate=True,
 ):
-    """What mamba-ssm's kernel of this signature computes, token by token."""
+    """Compute token by token the result of mamba-ssm's kernel of this signature."""
     assert seq_idx is None and activation in ("silu", "swish") and not norm_before_gate
     conv_dim, width = conv1d_weight.shape
     num_heads = len(D)
@@ -82,14 +85,14 @@ def double(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """The keywords of each call of the kernel."""
+    """The keyword arguments of each call of the kernel."""
     calls = []
 
     def recorded(*args, **kwargs):
         calls.append(kwargs)
         return split_conv1d_scan(*args, **kwargs)
 
-    monkeypatch.setattr(fused_layer, "_kernels", lambda: fused_layer._Kernels(recorded))
+    monkeypatch.setattr(kernel_choice, "mamba_ssm_kernels", lambda: Kernels(split_conv1d_scan=recorded))
     return calls
 
 
@@ -118,20 +121,23 @@ def inputs_of(length, batch_size=2):
     return torch.randn(batch_size, length, WIDTH, dtype=torch.float64)
 
 
-def run(layer, call, inputs, pieces=None, state=None, attention_mask=None, without=(), **options):
-    """All that comes out of a sequence, cut into pieces, and the gradients of a loss that weighs each number of it in
-    its own way; `without` some of it."""
+def run(layer, call, inputs, lengths=None, state=None, attention_mask=None, without=(), **options):
+    """Run a sequence, cut into segments of the given lengths, and the backward of a loss with random weights.
+
+    Returns the outputs and the final states, except those named by `without`, on which the loss does not depend
+    either, and the gradients.
+    """
     layer.zero_grad()
     inputs = inputs.clone().requires_grad_()
     state = LayerState(*(tensor.detach().clone().requires_grad_() for tensor in state)) if state else LayerState()
     cache = carried_cache(layer.layer_idx + 1)
     write_state(cache.layers[layer.layer_idx], state)
-    pieces = pieces or [inputs.shape[1]]
-    masks = [None] * len(pieces) if attention_mask is None else attention_mask.split(pieces, dim=1)
+    lengths = lengths or [inputs.shape[1]]
+    masks = [None] * len(lengths) if attention_mask is None else attention_mask.split(lengths, dim=1)
     output = torch.cat(
         [
-            call(piece, cache_params=cache, attention_mask=mask, **options)
-            for piece, mask in zip(inputs.split(pieces, dim=1), masks, strict=True)
+            call(segment, cache_params=cache, attention_mask=mask, **options)
+            for segment, mask in zip(inputs.split(lengths, dim=1), masks, strict=True)
         ],
         dim=1,
     )
@@ -165,21 +171,21 @@ LENGTHS = [1, 2, 3, 4, 5, CHUNK - 1, CHUNK, CHUNK + 1, 29]
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_first_piece(length, calls):
+def test_first_segment(length, calls):
     layer, inputs = block(), inputs_of(length)
     assert_same(run(layer, FusedLayer(layer), inputs), run(layer, layer, inputs))
     assert len(calls) == 1
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_piece_after_another(length, calls):
+def test_second_segment(length, calls):
     layer, inputs = block(), inputs_of(6 + length)
     assert_same(run(layer, FusedLayer(layer), inputs, [6, length]), run(layer, layer, inputs))
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("length", LENGTHS[1:])  # a single token, the stock layer takes for a step of decoding
-def test_a_state_that_is_given(length):
+@pytest.mark.parametrize("length", LENGTHS[1:])  # the stock layer takes a single token for a decoding step
+def test_given_state(length):
     layer, inputs = block(), inputs_of(length)
     state = random_state(trunk().config)
     assert_same(run(layer, FusedLayer(layer), inputs, state=state), run(layer, layer, inputs, state=state))
@@ -199,15 +205,15 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_many_pieces_are_the_whole(options, calls):
-    pieces = [3, 1, 1, 7, 2, 13, 4]
-    layer, inputs = block(**options), inputs_of(sum(pieces))
-    assert_same(run(layer, FusedLayer(layer), inputs, pieces), run(layer, layer, inputs))
-    assert len(calls) == len(pieces)
+def test_segments_equal_the_whole_sequence(options, calls):
+    lengths = [3, 1, 1, 7, 2, 13, 4]
+    layer, inputs = block(**options), inputs_of(sum(lengths))
+    assert_same(run(layer, FusedLayer(layer), inputs, lengths), run(layer, layer, inputs))
+    assert len(calls) == len(lengths)
     if layer.mixer.conv_kernel_size < 4:
-        pieces = [1, 1, 2]  # each shorter than a state
+        lengths = [1, 1, 2]  # each shorter than the convolution's state
         inputs = inputs[:, :4]
-        assert_same(run(layer, FusedLayer(layer), inputs, pieces), run(layer, layer, inputs))
+        assert_same(run(layer, FusedLayer(layer), inputs, lengths), run(layer, layer, inputs))
 
 
 def test_without_a_cache(calls):
@@ -216,7 +222,7 @@ def test_without_a_cache(calls):
     assert not calls[0]["return_final_states"]
 
 
-def test_packed_sequences_take_the_plain_way(calls):
+def test_packed_sequences_go_through_the_stock_layer(calls):
     layer, inputs = block(), inputs_of(11)
     taken = []
     for keyword in ("seq_idx", "cu_seqlens"):
@@ -227,14 +233,14 @@ def test_packed_sequences_take_the_plain_way(calls):
     assert not calls
 
 
-def test_the_norm_in_a_kernel(monkeypatch):
+def test_norm_in_a_kernel(monkeypatch):
     layer, inputs = block(), inputs_of(11)
 
     def rms_norm(x, weight, bias, eps):
         assert bias is None and x.dtype == weight.dtype
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
-    monkeypatch.setattr(fused_layer, "_kernels", lambda: fused_layer._Kernels(split_conv1d_scan, rms_norm))
+    monkeypatch.setattr(kernel_choice, "mamba_ssm_kernels", lambda: Kernels(None, split_conv1d_scan, rms_norm))
     expected = run(layer, layer, inputs)
     assert_same(run(layer, FusedLayer(layer), inputs), expected)
     normed = []
@@ -245,7 +251,7 @@ def test_the_norm_in_a_kernel(monkeypatch):
 
 @pytest.mark.parametrize("wanted", ["conv", "recurrent"])
 @pytest.mark.parametrize("with_state, length", [(False, 1), (False, 2), (False, 5), (True, 2), (True, 5)])
-def test_a_loss_of_one_state_alone(with_state, length, wanted):
+def test_loss_of_one_final_state(with_state, length, wanted):
     layer = block()
     inputs, given = inputs_of(length), random_state(layer.config)
     gradients = []
@@ -259,13 +265,13 @@ def test_a_loss_of_one_state_alone(with_state, length, wanted):
         (final * torch.linspace(-1, 1, final.numel(), dtype=final.dtype).view_as(final)).sum().backward()
         gradients.append([leaf.grad, state.conv.grad, state.recurrent.grad, layer.mixer.in_proj.weight.grad.clone()])
     for expected, actual in zip(*gradients, strict=True):
-        if expected is None or not expected.any():  # not involved
+        if expected is None or not expected.any():  # the loss does not depend on it
             assert actual is None or not actual.any()
         else:
             assert (actual - expected).norm() <= EXACT * expected.norm()
 
 
-def test_the_kept_state_pins_nothing():
+def test_kept_states_have_storage_of_their_own():
     layer = block()
     for length in (2, 30):
         cache = carried_cache(1)
@@ -280,16 +286,16 @@ def test_the_kept_state_pins_nothing():
 
 
 def left_padded(real, length):
-    """A mask of samples whose last tokens are real, as many as `real` says of each."""
+    """A mask of samples that end in as many real tokens as `real` says."""
     return (torch.arange(length) >= length - torch.tensor(real)[:, None]).long()
 
 
-PIECES_OF_PADDING = [None, [9, 3, 9], [9, 1, 1, 4, 6]]
-# Beside pieces of 9, 3 and 9: no padding, some of a piece, up to a border, beyond it, all but a token, and all.
+LENGTHS_OF_SEGMENTS = [None, [9, 3, 9], [9, 1, 1, 4, 6]]
+# For segments of 9, 3 and 9 tokens: no padding, part of a segment, up to a border, beyond it, all but a token, all.
 LEFT = left_padded([21, 17, 12, 11, 1, 0], 21)
 RIGHT = LEFT.flip(1)
 ANY = torch.cat([LEFT[1:4], RIGHT[1:4]])
-ANY[0, 12:16] = ANY[3, 8:10] = 0  # between real tokens, within a piece and across a border
+ANY[0, 12:16] = ANY[3, 8:10] = 0  # between real tokens, within a segment and across a border
 ANY[5, 15:] = 1
 MIXERS = [
     {},
@@ -301,8 +307,8 @@ MIXERS = [
 ]
 
 
-def without_time_at_padding(layer, mask):
-    """Has a stock layer take steps of size zero at padded positions, until the handle that comes back is removed."""
+def zero_steps_at_padding(layer, mask):
+    """Make a stock layer take steps of size zero at padded positions, until the returned handle is removed."""
     num_heads = layer.mixer.num_heads
 
     def hook(module, args, projected):
@@ -312,48 +318,48 @@ def without_time_at_padding(layer, mask):
     return layer.mixer.in_proj.register_forward_hook(hook)
 
 
-@pytest.mark.parametrize("pieces", PIECES_OF_PADDING, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS_OF_SEGMENTS, ids=str)
 @pytest.mark.parametrize("options", MIXERS, ids=str)
-def test_left_padding_is_as_in_the_stock_layer(options, pieces, calls):
+def test_left_padding_equals_the_stock_layer(options, lengths, calls):
     layer, inputs = block(**options), inputs_of(21, len(LEFT))
     expected = run(layer, layer, inputs, attention_mask=LEFT)
-    assert_same(run(layer, FusedLayer(layer), inputs, pieces, attention_mask=LEFT), expected)
-    assert len(calls) == len(pieces or [21])
+    assert_same(run(layer, FusedLayer(layer), inputs, lengths, attention_mask=LEFT), expected)
+    assert len(calls) == len(lengths or [21])
 
 
-@pytest.mark.parametrize("pieces", PIECES_OF_PADDING, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS_OF_SEGMENTS, ids=str)
 @pytest.mark.parametrize("options", MIXERS, ids=str)
-def test_right_padding_leaves_the_state_as_it_was(options, pieces, calls):
+def test_right_padding_leaves_the_state_unchanged(options, lengths, calls):
     layer, inputs = block(**options), inputs_of(21, len(RIGHT))
     fused, without = FusedLayer(layer), ["final recurrent"]
     expected = run(layer, layer, inputs, attention_mask=RIGHT, without=without)
-    assert_same(run(layer, fused, inputs, pieces, attention_mask=RIGHT, without=without), expected)
-    assert len(calls) == len(pieces or [21])
-    final = run(layer, fused, inputs, pieces, attention_mask=RIGHT)["final recurrent"]
+    assert_same(run(layer, fused, inputs, lengths, attention_mask=RIGHT, without=without), expected)
+    assert len(calls) == len(lengths or [21])
+    final = run(layer, fused, inputs, lengths, attention_mask=RIGHT)["final recurrent"]
     for sample, real in enumerate(RIGHT.sum(1)):
         alone = run(layer, layer, inputs[[sample], :real])["final recurrent"] if real else torch.zeros_like(final[:1])
         assert (final[[sample]] - alone).norm() <= EXACT * alone.norm()
     stock = run(layer, layer, inputs, attention_mask=RIGHT)["final recurrent"]
-    assert (final - stock).norm() > 0.01 * stock.norm()  # what differs
+    assert (final - stock).norm() > 0.01 * stock.norm()  # the stock layer decays its state
 
 
 @pytest.mark.parametrize("with_state", [False, True], ids=["empty", "state"])
-@pytest.mark.parametrize("pieces", PIECES_OF_PADDING, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS_OF_SEGMENTS, ids=str)
 @pytest.mark.parametrize("options", MIXERS, ids=str)
-def test_any_padding_is_the_stock_layer_with_no_time_at_padding(options, pieces, with_state):
+def test_any_padding_equals_the_stock_layer_with_zero_steps_at_padding(options, lengths, with_state):
     layer, inputs = block(**options), inputs_of(21, len(ANY))
     state = random_state(layer.config, len(ANY)) if with_state else None
-    actual = run(layer, FusedLayer(layer), inputs, pieces, state, attention_mask=ANY)
-    handle = without_time_at_padding(layer, ANY)
+    actual = run(layer, FusedLayer(layer), inputs, lengths, state, attention_mask=ANY)
+    handle = zero_steps_at_padding(layer, ANY)
     expected = run(layer, layer, inputs, state=state, attention_mask=ANY)
     handle.remove()
     assert_same(actual, expected)
-    aged = run(layer, layer, inputs, state=state, attention_mask=ANY)
-    assert (actual["output"] - aged["output"]).norm() > 1e-4 * aged["output"].norm()  # what differs
+    decayed = run(layer, layer, inputs, state=state, attention_mask=ANY)
+    assert (actual["output"] - decayed["output"]).norm() > 1e-4 * decayed["output"].norm()
 
 
 def test_real_tokens_after_padding_continue_the_state_before_it():
-    """Without biases, the padding is to their convolution a state of zeros."""
+    """Without biases, their convolution sees padding as a state of zeros."""
     layer, inputs = block(), inputs_of(13)
     state, padding = random_state(layer.config), 5
     mask = (torch.arange(13) >= padding).long().expand(2, -1)
@@ -373,14 +379,14 @@ def test_padding_without_a_cache(calls):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32], ids=str)
-def test_masks_of_any_type(dtype):
+def test_mask_of_any_type(dtype):
     layer, inputs = block(), inputs_of(21, len(LEFT))
     expected = run(layer, FusedLayer(layer), inputs, [9, 12], attention_mask=LEFT)
     assert_same(run(layer, FusedLayer(layer), inputs, [9, 12], attention_mask=LEFT.to(dtype)), expected, tolerance=0)
 
 
 @pytest.mark.parametrize("length, wanted", [(2, "conv"), (2, "recurrent"), (9, "conv"), (9, "recurrent")])
-def test_a_loss_of_one_state_alone_after_padding(length, wanted):
+def test_loss_of_one_final_state_after_padding(length, wanted):
     layer = block(use_bias=True)
     inputs, mask = inputs_of(length), left_padded([length - 1, length], length)
     without = {"output", "final conv", "final recurrent"} - {f"final {wanted}"}
@@ -392,32 +398,32 @@ def test_a_loss_of_one_state_alone_after_padding(length, wanted):
         assert actual[name] is None or not actual[name].any()
 
 
-@pytest.mark.parametrize("pieces", PIECES_OF_PADDING[:2], ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS_OF_SEGMENTS[:2], ids=str)
 @pytest.mark.parametrize("targets", [["in_proj"], ["out_proj"], ["in_proj", "out_proj"]], ids="+".join)
-def test_padding_with_adapters(targets, pieces, calls):
+def test_padding_with_adapters(targets, lengths, calls):
     (layer,), inputs = lora(trunk(use_bias=True), *targets), inputs_of(21, len(LEFT))
     expected = run(layer, layer, inputs, attention_mask=LEFT)
     assert expected[f"mixer.{targets[0]}.lora_A.default.weight"].norm() > 0
-    assert_same(run(layer, FusedLayer(layer), inputs, pieces, attention_mask=LEFT), expected)
-    assert len(calls) == len(pieces or [21])
+    assert_same(run(layer, FusedLayer(layer), inputs, lengths, attention_mask=LEFT), expected)
+    assert len(calls) == len(lengths or [21])
 
 
 @pytest.mark.parametrize("kind", ["plain", "frozen", "view", "adapter", "hook"])
-def test_padding_is_written_into_a_plain_projection_itself(kind, monkeypatch):
-    """No copy is made of it, unless it may be somebody else's too."""
+def test_padding_overwrites_a_plain_projection(kind, monkeypatch):
+    """The layer copies the projection only if something else may refer to it."""
     model = trunk()
     if kind == "adapter":
         lora(model, "in_proj")
     layer, inputs = model.layers[0], inputs_of(21, len(LEFT))
     layer.mixer.in_proj.requires_grad_(kind != "frozen")
-    if kind == "hook":  # autograd keeps what tanh returns
+    if kind == "hook":  # autograd keeps the output of tanh
         layer.mixer.in_proj.register_forward_hook(lambda *args: args[-1].tanh())
     expected = run(layer, layer, inputs, attention_mask=LEFT)
     projected, given, linear = [], [], F.linear
 
     def recorded(*args):
         result = linear(*args)
-        # As some releases of PyTorch return it with a bias.
+        # Some releases of PyTorch return a view if there is a bias.
         projected.append(result.flatten(0, 1).view(result.shape) if kind == "view" else result)
         return projected[-1]
 
@@ -426,16 +432,18 @@ def test_padding_is_written_into_a_plain_projection_itself(kind, monkeypatch):
         return split_conv1d_scan(zxbcdt, *args, **kwargs)
 
     monkeypatch.setattr(F, "linear", recorded)
-    monkeypatch.setattr(fused_layer, "_kernels", lambda: fused_layer._Kernels(kernel))
+    monkeypatch.setattr(kernel_choice, "mamba_ssm_kernels", lambda: Kernels(split_conv1d_scan=kernel))
     assert_same(run(layer, FusedLayer(layer), inputs, attention_mask=LEFT), expected)
     assert (projected[0].data_ptr() == given[0]) == (kind in ("plain", "frozen"))
 
 
 @pytest.mark.parametrize("with_state", [False, True], ids=["empty", "state"])
 @pytest.mark.parametrize("options", [{}, {"use_bias": True}], ids=str)
-def test_padding_keeps_nothing_more_for_backward(options, with_state):
-    """The double keeps more than the kernel, but the same with padding and without. In the grid, a segment's mask is a
-    slice of the batch's, which is there anyway."""
+def test_padding_keeps_only_its_mask_for_backward(options, with_state):
+    """Apart from the mask, the double keeps as much with padding as without.
+
+    In the grid, a segment's mask is a slice of the batch's, and takes no memory of its own.
+    """
     model = trunk(**options)
     mask = left_padded([9, 5], 9)
 
@@ -451,7 +459,10 @@ def test_padding_keeps_nothing_more_for_backward(options, with_state):
 
 
 def lora(model, *targets, r=3, **options):
-    """A model's layers with adapters. Given the model itself, PEFT would refuse those that the kernels may pass by."""
+    """Add adapters to a model's layers.
+
+    For the whole model, PEFT would refuse modules whose adapters mamba-ssm's kernels may bypass.
+    """
     torch.manual_seed(3)
     config = LoraConfig(r=r, lora_dropout=0.0, target_modules=list(targets), init_lora_weights=False, **options)
     return inject_adapter_in_model(config, model.layers).double()
@@ -464,10 +475,12 @@ def test_adapters_on_the_projections(targets, calls):
     assert expected[f"mixer.{targets[0]}.lora_A.default.weight"].norm() > 0
     assert_same(run(layer, FusedLayer(layer), inputs, [6, 7]), expected)
     assert len(calls) == 2
-    assert all(call["outproj_weight"] is None and call["outproj_bias"] is None for call in calls)  # not, or frozen
+    assert all(
+        call["outproj_weight"] is None and call["outproj_bias"] is None for call in calls
+    )  # not stock, or frozen
 
 
-def test_who_multiplies_by_the_output_projection(calls):
+def test_kernel_multiplies_by_a_plain_trained_output_projection(calls):
     layer, inputs = block(), inputs_of(5)
     run(layer, FusedLayer(layer), inputs)
     assert calls.pop()["outproj_weight"] is layer.mixer.out_proj.weight
@@ -481,12 +494,12 @@ def test_who_multiplies_by_the_output_projection(calls):
         assert calls.pop()["outproj_weight"] is None
 
 
-# Which layers
+# Choice of the layers
 
 
 @pytest.fixture
 def interpreter(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(kernel_choice, "runs_kernels", lambda device: True)
 
 
 def single(**options):
@@ -529,15 +542,15 @@ CHANGES = {
     "name, change",
     [pair for pair in itertools.product(parts_of(single()), CHANGES) if pair != ("layers.0", "parametrization")],
 )
-def test_what_the_kernels_would_pass_by(name, change, interpreter):
+def test_modules_that_the_kernels_would_bypass(name, change, interpreter):
     layer = single()
     CHANGES[change](parts_of(layer)[name])
     reason = why_not_fused([single(), layer], CPU)
-    assert reason.startswith(f"{name} ") and "pass by" in reason
+    assert reason.startswith(f"{name} ") and "bypass" in reason
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd")
-def test_adapters_that_the_kernels_would_pass_by(interpreter):
+def test_adapters_that_the_kernels_would_bypass(interpreter):
     layers = lora(trunk(2), "conv1d", r=96, exclude_modules=["0.mixer.conv1d"]).to(torch.float32)
     assert why_not_fused(list(layers), CPU).startswith("layers.1.mixer.conv1d has")
     layers = lora(trunk(2), "in_proj", modules_to_save=["mixer.norm"]).to(torch.float32)
@@ -556,37 +569,30 @@ def test_layers_that_the_kernels_cannot_compute(interpreter):
     assert "Linear is not the stock layer" in why_not_fused([single(), nn.Linear(2, 2)], CPU)
 
 
-def test_without_cuda_nothing_is_asked_of_mamba_ssm(monkeypatch, caplog):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(fused_layer, "_kernels", lambda: pytest.fail("asked"))
+def test_mamba_ssm_is_not_imported_without_cuda(monkeypatch):
+    monkeypatch.setattr(kernel_choice, "mamba_ssm_kernels", lambda: pytest.fail("imported"))
     layer = single()
     assert "CUDA" in why_not_fused([layer], CPU)
     assert forwards_of([layer], CPU) == ([layer], False)
 
 
-def test_says_its_choice(monkeypatch):
-    said = []
+def test_choice_is_logged_once(monkeypatch):
+    logged = []
     for level in ("info_once", "warning_once"):
-        monkeypatch.setattr(fused_layer.logger, level, lambda message, level=level: said.append((level, message)))
+        monkeypatch.setattr(fused_layer.logger, level, lambda message, level=level: logged.append((level, message)))
     layer = single()
     forwards_of([layer], CUDA)
-    monkeypatch.setattr(fused_layer, "_kernels", lambda: fused_layer._Kernels(missing="mamba-ssm cannot be imported"))
+    monkeypatch.setattr(kernel_choice, "mamba_ssm_kernels", lambda: Kernels(missing="mamba-ssm cannot be imported"))
     assert forwards_of([layer], CUDA) == ([layer], False)
     forwards_of([layer], CPU)
-    assert said == [
+    assert logged == [
         ("info_once", "MA-GC runs Mamba-2 layers with mamba-ssm's fused kernels."),
         ("warning_once", "MA-GC runs Mamba-2 layers without mamba-ssm's fused kernels: mamba-ssm cannot be imported."),
     ]
 
 
-def test_a_missing_or_broken_installation(monkeypatch):
-    monkeypatch.undo()
-    load = fused_layer._kernels.__wrapped__
-    assert "mamba-ssm cannot be imported" in load().missing
-
-
-def test_a_sharded_layer(monkeypatch, interpreter):
-    """Its hooks run around the whole walk, in which its `forward` is that of the walk."""
+def test_sharded_layer(monkeypatch, interpreter):
+    """Its hooks run around MA-GC's whole run, for which `forward` is replaced."""
     layer = single()
     layer.ds_id = 0
     layer.register_forward_pre_hook(lambda *args: pytest.fail("gathered again"))
@@ -615,7 +621,7 @@ def step(model, inputs, mask=None):
 
 @pytest.mark.parametrize("order", ["layer-major", "sequence-major"])
 @pytest.mark.parametrize("length", [1, 9, 23])
-def test_the_gradients_of_the_plain_run(length, order, calls, monkeypatch):
+def test_gradients_equal_the_plain_run(length, order, calls, monkeypatch):
     model, inputs = trunk(3), inputs_of(length)
     monkeypatch.setattr(fused_layer, "why_not_fused", lambda *args: None)
     expected = step(model, inputs)
@@ -630,7 +636,7 @@ def test_the_gradients_of_the_plain_run(length, order, calls, monkeypatch):
 @pytest.mark.parametrize("order", ["layer-major", "sequence-major"])
 @pytest.mark.parametrize("mask", [LEFT, RIGHT], ids=["left", "right"])
 @pytest.mark.parametrize("options", [{}, {"use_bias": True, "n_groups": 2}], ids=str)
-def test_the_gradients_of_the_plain_run_of_a_padded_batch(options, mask, order, calls, monkeypatch):
+def test_gradients_equal_the_plain_run_of_a_padded_batch(options, mask, order, calls, monkeypatch):
     model, inputs = trunk(3, **options), inputs_of(21, len(mask))
     monkeypatch.setattr(fused_layer, "why_not_fused", lambda *args: None)
     expected = step(model, inputs, mask)
@@ -641,5 +647,5 @@ def test_the_gradients_of_the_plain_run_of_a_padded_batch(options, mask, order, 
         with_padding = len(calls)
         calls.clear()
         step(grid, inputs)
-        assert with_padding == len(calls) > 0  # every segment
+        assert with_padding == len(calls) > 0  # all segments run in the kernel
         calls.clear()

@@ -1,5 +1,7 @@
-"""Which form of Transformers' functions is called, and for how long this package has a say in it. Kernels are played
-by functions that fail on a CPU, as those of mamba-ssm do."""
+"""The choice between forms of Transformers' functions, and its duration.
+
+Functions that fail on a CPU, like those of mamba-ssm, stand in for kernels.
+"""
 
 import copy
 import functools
@@ -10,6 +12,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -30,8 +33,8 @@ def functions():
 
 @pytest.fixture
 def own(monkeypatch):
-    """As if no model of this package were there; returns Transformers' own functions."""
-    gc.collect()  # claims of models of other tests end here, or not before this test's end
+    """Transformers' own functions, in a state without claims of this package's models."""
+    gc.collect()  # claims of other tests' models end here, instead of during this test
     monkeypatch.setattr(kernel_choice, "_claims", {})
     monkeypatch.setattr(kernel_choice, "_replacements", {})
     monkeypatch.setattr(kernel_choice, "_held", False)
@@ -42,7 +45,7 @@ def own(monkeypatch):
 
 @pytest.fixture
 def installed(own, monkeypatch):
-    """As if kernels were installed; returns the names of those called."""
+    """Pretend that kernels are installed; the fixture lists the names of those called."""
     called = []
     for name in NAMES:
 
@@ -76,10 +79,49 @@ def outputs(model):
     return trained, generated
 
 
-# What the dispatchers choose
+# The kernels of mamba-ssm
 
 
-def test_a_model_on_a_cpu_needs_no_kernels(installed, owner, stock_model):
+@pytest.fixture
+def modules_of_mamba_ssm(monkeypatch):
+    """Put modules with the given names and contents in the place of mamba-ssm's."""
+
+    def put(**contents):
+        for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        for name, values in contents.items():
+            module = SimpleNamespace(**values) if values is not None else None
+            monkeypatch.setitem(sys.modules, f"mamba_ssm.ops.triton.{name}", module)
+            if module is not None:
+                setattr(sys.modules["mamba_ssm.ops.triton"], name, module)
+        return kernel_choice.mamba_ssm_kernels.__wrapped__()
+
+    return put
+
+
+SSD_COMBINED = {"mamba_chunk_scan_combined": "scan", "mamba_split_conv1d_scan_combined": "split"}
+
+
+def test_kernels_of_a_whole_installation(modules_of_mamba_ssm):
+    whole = SSD_COMBINED | {"causal_conv1d_fwd_function": print}
+    found = modules_of_mamba_ssm(ssd_combined=whole, layer_norm={"rms_norm_fn": "norm"})
+    assert found == kernel_choice.Kernels("scan", "split", "norm")
+    assert modules_of_mamba_ssm(ssd_combined=whole, layer_norm=None) == kernel_choice.Kernels("scan", "split")
+
+
+def test_kernels_of_a_missing_or_partial_installation(modules_of_mamba_ssm):
+    missing = modules_of_mamba_ssm(ssd_combined=None)
+    assert missing.chunk_scan is None and "mamba-ssm cannot be imported (" in missing.missing
+    old = modules_of_mamba_ssm(ssd_combined={"mamba_chunk_scan_combined": "scan"})
+    assert old.chunk_scan is None and "mamba-ssm cannot be imported (AttributeError" in old.missing
+    alone = modules_of_mamba_ssm(ssd_combined=SSD_COMBINED | {"causal_conv1d_fwd_function": None})
+    assert alone[:3] == ("scan", None, None) and "causal-conv1d cannot be imported" in alone.missing
+
+
+# The dispatchers' choice
+
+
+def test_model_on_a_cpu_calls_no_kernels(installed, owner, stock_model):
     with pytest.raises(RuntimeError, match="is_cuda"):
         outputs(stock_model)
     installed.clear()
@@ -89,7 +131,7 @@ def test_a_model_on_a_cpu_needs_no_kernels(installed, owner, stock_model):
     assert not installed
 
 
-def test_other_devices_have_transformers_choice(installed, owner):
+def test_other_devices_keep_transformers_choice(installed, owner):
     hold(owner)
     for name in NAMES:
         getattr(modeling_mamba2, name)(torch.empty(1, device="meta"))
@@ -103,7 +145,7 @@ def test_packed_sequences_are_left_to_transformers(installed, owner):
 
 
 def test_without_kernels_other_models_get_transformers_own(own, owner, monkeypatch):
-    """Its very functions, with what they log and refuse; this package's calls get the plain forms at once."""
+    """Only calls of this package bypass Transformers' functions, with their warnings and errors."""
     called = []
     for name in NAMES:
 
@@ -122,18 +164,17 @@ def test_without_kernels_other_models_get_transformers_own(own, owner, monkeypat
     assert not called
 
 
-def test_the_ssd_scan_is_chosen_unless_the_kernel_runs(own, owner, monkeypatch):
+def test_ssd_scan_is_chosen_unless_the_kernel_runs(own, owner, monkeypatch):
     calls = []
 
-    class OnCuda(torch.Tensor):
-        is_cuda = True
-
-    tensor = torch.zeros(1, device="meta").as_subclass(OnCuda)
+    tensor = torch.zeros(1, device="meta")
+    monkeypatch.setattr(kernel_choice, "runs_kernels", lambda device: device.type == "meta")
     monkeypatch.setattr(kernel_choice, "ssd_scan", lambda *args, **kwargs: calls.append(("own", args[1:], kwargs)))
     for importable in (True, False):
         scan = functools.wraps(own["mamba2_chunk_scan"])(lambda *args, **kwargs: calls.append((args[1:], kwargs)))
         monkeypatch.setattr(modeling_mamba2, "mamba2_chunk_scan", scan)
-        monkeypatch.setattr(kernel_choice, "_scan_kernel_is_importable", lambda importable=importable: importable)
+        kernels = kernel_choice.Kernels(chunk_scan=scan if importable else None)
+        monkeypatch.setattr(kernel_choice, "mamba_ssm_kernels", lambda kernels=kernels: kernels)
         hold(owner)
         modeling_mamba2.mamba2_chunk_scan(tensor, 1, ssd_scan=True, chunk_size=2)
         modeling_mamba2.mamba2_chunk_scan(tensor, 1, ssd_scan=False, chunk_size=2)
@@ -142,17 +183,17 @@ def test_the_ssd_scan_is_chosen_unless_the_kernel_runs(own, owner, monkeypatch):
     assert calls == [stock, stock, ("own", *stock), stock]
 
 
-def test_dispatchers_look_like_what_they_replace(own, owner):
+def test_dispatchers_have_the_signature_of_the_replaced_function(own, owner):
     hold(owner)
     for name, function in functions().items():
         assert function is not own[name]
         assert function.__name__ == name and inspect.signature(function) == inspect.signature(own[name])
 
 
-# For how long
+# The duration
 
 
-def test_the_last_claim_ends_the_change(own, owner):
+def test_last_release_restores_transformers(own, owner):
     other = nn.Identity()
     hold(owner)
     hold(owner)
@@ -161,14 +202,14 @@ def test_the_last_claim_ends_the_change(own, owner):
     assert all(dispatchers[name] is not own[name] for name in NAMES)
     release(owner)
     assert functions() == dispatchers
-    release(owner)  # has none any more
+    release(owner)  # has no claim any more
     assert functions() == dispatchers
     release(other)
     assert functions() == own
 
 
-def test_the_same_dispatchers_come_again(own, owner):
-    """What torch.compile has made for them is good for the next model."""
+def test_dispatchers_are_reused(own, owner):
+    """Graphs that torch.compile made with them stay valid for the next model."""
     hold(owner)
     dispatchers = functions()
     release(owner)
@@ -177,7 +218,7 @@ def test_the_same_dispatchers_come_again(own, owner):
     assert functions() == dispatchers
 
 
-def test_a_claim_ends_with_its_owner(own):
+def test_claim_ends_with_its_owner(own):
     owner = nn.Identity()
     owner.cycle = [owner]
     hold(owner)
@@ -186,7 +227,7 @@ def test_a_claim_ends_with_its_owner(own):
     assert functions() == own and not kernel_choice._claims
 
 
-def test_owners_that_equal_each_other_are_two(own):
+def test_equal_owners_have_separate_claims(own):
     class Equal(nn.Module):
         def __eq__(self, other):
             return True
@@ -215,7 +256,7 @@ def through_a_file(model):
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_a_file])
-def test_a_copy_claims_for_itself(own, duplicate):
+def test_copy_makes_its_own_claim(own, duplicate):
     model = tiny_model(tiny_config())
     duplicated = duplicate(model)
     del model
@@ -227,7 +268,7 @@ def test_a_copy_claims_for_itself(own, duplicate):
     assert all(function is not own[name] for name, function in functions().items())
 
 
-def test_a_checkpointed_copy_claims_for_itself(own, stock_model):
+def test_checkpointed_copy_makes_its_own_claim(own, stock_model):
     model = enable_multi_axis_checkpointing(stock_model).train()
     duplicated = copy.deepcopy(model)
     disable_multi_axis_checkpointing(model)
@@ -237,7 +278,7 @@ def test_a_checkpointed_copy_claims_for_itself(own, stock_model):
     assert all(function is not own[name] for name, function in functions().items())
 
 
-def test_what_others_put_over_a_dispatcher_stays(own, owner, monkeypatch):
+def test_wrapper_around_a_dispatcher_stays(own, owner, monkeypatch):
     hold(owner)
     dispatcher = modeling_mamba2.mamba2_chunk_scan
     over = functools.wraps(dispatcher)(lambda *args, **kwargs: dispatcher(*args, **kwargs))
@@ -247,14 +288,14 @@ def test_what_others_put_over_a_dispatcher_stays(own, owner, monkeypatch):
     release(owner)
     assert functions() == own | {"mamba2_chunk_scan": over}
 
-    # It passes on all that it is given, to Transformers' own.
+    # The dispatcher passes all arguments on to Transformers' own function.
     monkeypatch.setattr(kernel_choice, "ssd_scan", None)
     states = torch.randn(1, 5, 2, 3)
     arguments = (states, torch.rand(1, 5, 2), -torch.ones(2), torch.randn(1, 5, 1, 4), torch.randn(1, 5, 1, 4), 8)
     found = modeling_mamba2.mamba2_chunk_scan(*arguments, ssd_scan=True)
     assert torch.equal(found, own["mamba2_chunk_scan"](*arguments))
 
-    # And chooses again for the next owner.
+    # It chooses again for the next owner.
     monkeypatch.setattr(kernel_choice, "ssd_scan", lambda *args, **kwargs: "ssd_scan")
     hold(owner)
     assert modeling_mamba2.mamba2_chunk_scan is over
@@ -264,7 +305,7 @@ def test_what_others_put_over_a_dispatcher_stays(own, owner, monkeypatch):
     assert functions() == own
 
 
-def test_what_others_undo_comes_again(own, owner, monkeypatch):
+def test_removed_dispatchers_return_with_the_next_owner(own, owner, monkeypatch):
     hold(owner)
     dispatchers = functions()
     for name, function in own.items():
@@ -277,18 +318,18 @@ def test_what_others_undo_comes_again(own, owner, monkeypatch):
     assert functions() == own
 
 
-def test_a_function_that_was_there_before_is_restored(own, owner, monkeypatch):
+def test_earlier_replacement_is_restored(own, owner, monkeypatch):
     def function(tensor):
         return tensor
 
     monkeypatch.setattr(modeling_mamba2, "causal_conv1d_fn", function)
     hold(owner)
-    assert modeling_mamba2.causal_conv1d_fn(torch.ones(1)) == 1  # with no plain form, it is called
+    assert modeling_mamba2.causal_conv1d_fn(torch.ones(1)) == 1  # the function has no plain form, so it is called
     release(owner)
     assert functions() == own | {"causal_conv1d_fn": function}
 
 
-def test_nothing_changes_while_a_graph_is_made(own, owner):
+def test_nothing_changes_while_torch_compile_traces(own, owner):
     def function(tensor):
         hold(owner)
         return tensor + 1
@@ -297,7 +338,7 @@ def test_nothing_changes_while_a_graph_is_made(own, owner):
     assert functions() == own
 
 
-def test_many_threads_leave_it_as_it_was(own):
+def test_many_threads_restore_transformers(own):
     errors = []
 
     def work():
@@ -306,7 +347,7 @@ def test_many_threads_leave_it_as_it_was(own):
                 owner = nn.Identity()
                 hold(owner)
                 assert modeling_mamba2.mamba2_chunk_scan is not own["mamba2_chunk_scan"]
-                if turn % 2:  # others are collected
+                if turn % 2:  # the garbage collector ends the other claims
                     release(owner)
         except BaseException as error:
             errors.append(error)
@@ -356,8 +397,8 @@ assert attributes() == before, "the last checkpointed model"
 """
 
 
-def test_transformers_is_as_it_was_before_and_after():
-    path = [*sys.path]  # of this process: where `tiny` and this package are
+def test_process_leaves_transformers_unchanged():
+    path = [*sys.path]  # with the directories of `tiny` and of this package
     command = [sys.executable, "-c", f"import sys; sys.path[:] = {path!r}\n{IN_A_PROCESS}"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr[-3000:]

@@ -1,7 +1,7 @@
-"""At four million tokens nothing but copying sees the whole sequence, and no kernel more than it can index.
+"""At four million tokens, only copies see the whole sequence, and no kernel gets more than it can index.
 
-Kernels with 32-bit offsets fail, or are wrong without a word, from 2^31 numbers on. The model has the shape of the
-2.7B, two layers of it, and tensors without data: the sizes are real, and no memory is needed.
+From 2^31 elements on, kernels with 32-bit offsets fail, or return wrong results without an error. The model has two
+layers of the 2.7B's shape, and its tensors have no data: the sizes are real, and no memory is needed.
 """
 
 from contextlib import contextmanager
@@ -19,22 +19,24 @@ from transformers_ma2mba import (
     checkpoint_grid,
     enable_multi_axis_checkpointing,
     fused_layer,
+    kernel_choice,
     multi_axis_mamba2,
 )
+from transformers_ma2mba.kernel_choice import Kernels
 
 LENGTH = 2**22
 LIMIT = 2**31
-# What may be asked of a whole sequence: memory for it, and views and copies, for which PyTorch has 64-bit offsets.
+# The operations allowed on a whole sequence: allocation, views, and copies, for which PyTorch has 64-bit offsets.
 COPYING = {"new_empty", "empty", "empty_like", "detach", "slice", "copy_", "_to_copy", "device"}
 
 
 def extent(tensor):
-    """Rows times row stride, or what corresponds to it in any layout: the largest offset and one."""
+    """The largest offset of an element, plus one: in a contiguous layout, rows times row stride."""
     return 1 + sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 class Widest(TorchDispatchMode):
-    """Remembers for each operation the largest extent of its tensors."""
+    """Record for each operation the largest extent of its tensors."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +51,7 @@ class Widest(TorchDispatchMode):
 
 
 class NoRandomState:
-    """There is none to keep: nothing is drawn here, and tensors without data cannot be compared."""
+    """Replaces the engine's, which compares random states: tensors without data cannot be compared."""
 
     def __init__(self, device):
         pass
@@ -63,14 +65,14 @@ class NoRandomState:
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Stand-ins for kernels, which notice what they are given and return something of the right shape."""
+    """Stand-ins for kernels, which record the extents of their inputs and return tensors of the right shape."""
     seen = {}
 
-    def notice(name, *tensors):
+    def record(name, *tensors):
         seen.setdefault(name, []).append(max(extent(tensor) for tensor in tensors if tensor is not None))
 
     def split_conv1d_scan(zxbcdt, *weights, D, initial_states, headdim, outproj_weight, **kwargs):
-        notice("split_conv1d_scan", zxbcdt, initial_states)
+        record("split_conv1d_scan", zxbcdt, initial_states)
         weight = sum(weight.sum() for weight in (*weights, D) if torch.is_tensor(weight)) + zxbcdt.sum()
         conv_dim = weights[0].shape[0]
         inner = len(D) * headdim
@@ -79,20 +81,20 @@ def kernels(monkeypatch):
         return zxbcdt[..., : outproj_weight.shape[0]] + outproj_weight.sum() * weight, states
 
     def rms_norm(hidden_states, weight, bias, eps):
-        notice("rms_norm", hidden_states)
+        record("rms_norm", hidden_states)
         return hidden_states * weight
 
     def conv1d(hidden_states, weight, bias=None, activation=None, **kwargs):
-        notice("conv1d", hidden_states)
+        record("conv1d", hidden_states)
         return hidden_states * weight.sum() + bias.sum()
 
     def chunk_scan(hidden_states, dt, A, B, C, chunk_size, initial_states=None, **kwargs):
-        notice("chunk_scan", hidden_states, dt, B, C, initial_states)
+        record("chunk_scan", hidden_states, dt, B, C, initial_states)
         states = hidden_states.new_zeros(*hidden_states.shape[:1], *hidden_states.shape[2:], B.shape[-1])
         states = states.float() + dt.sum() + C.sum() + (initial_states if initial_states is not None else 0)
         return hidden_states + states.sum().to(hidden_states.dtype), states
 
-    monkeypatch.setattr(fused_layer, "_kernels", lambda: fused_layer._Kernels(split_conv1d_scan, rms_norm))
+    monkeypatch.setattr(kernel_choice, "mamba_ssm_kernels", lambda: Kernels(None, split_conv1d_scan, rms_norm))
     monkeypatch.setattr(modeling_mamba2, "causal_conv1d_fn", conv1d)
     monkeypatch.setattr(modeling_mamba2, "mamba2_chunk_scan", chunk_scan)
     monkeypatch.setattr(checkpoint_grid, "_RandomState", NoRandomState)
@@ -101,8 +103,8 @@ def kernels(monkeypatch):
 
 @pytest.mark.parametrize("order", ["layer-major", "sequence-major"])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
-def test_no_kernel_sees_more_than_it_can_index(kernels, monkeypatch, fused, order):
-    """Even if a user asks for one segment. The segments that are planned are shorter: see test_checkpoint_plan."""
+def test_no_kernel_gets_more_than_it_can_index(kernels, monkeypatch, fused, order):
+    """MA-GC cuts a sequence for which a user sets one segment; for planned segments, see test_checkpoint_plan."""
 
     def forwards_of(layers, device):
         return [fused_layer.FusedLayer(layer) if fused else layer for layer in layers], fused
@@ -126,7 +128,7 @@ def test_no_kernel_sees_more_than_it_can_index(kernels, monkeypatch, fused, orde
 
     assert set(kernels) == ({"split_conv1d_scan", "rms_norm"} if fused else {"conv1d", "chunk_scan"})
     assert all(0 < max(extents) < LIMIT for extents in kernels.values())
-    assert max(map(max, kernels.values())) > LIMIT / 2  # as much as they can, here
+    assert max(map(max, kernels.values())) > LIMIT / 2  # the segments are not needlessly short
     too_wide = {name for name, extent in widest.extents.items() if extent >= LIMIT}
     assert too_wide <= COPYING
-    assert {"mm", "mul"} & set(widest.extents) - too_wide  # it has looked
+    assert {"mm", "mul"} & set(widest.extents) - too_wide  # the operations were recorded

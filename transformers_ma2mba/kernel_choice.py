@@ -1,14 +1,14 @@
-"""Which kernels there are for the scan, and the one place that changes Transformers' Mamba-2.
+"""The kernels of mamba-ssm and causal-conv1d, and the one place that changes Transformers' Mamba-2.
 
-Transformers looks up the functions for a layer's convolution and scan in its module at each call. While some model
-holds them, dispatchers stand in their place:
+Transformers looks up the functions for a layer's convolution and scan in its module at each call. While a model holds
+them, dispatchers replace these functions:
 
-- `ssd_scan=True`, a keyword that `Mamba2Model` hands down to the scan, chooses [`ssd_scan`], unless mamba-ssm's
-  kernel runs, which is faster still.
-- Where mamba-ssm or causal-conv1d is installed, Transformers calls it on a CPU too, which it does not know. What is on
-  a CPU is computed in plain PyTorch.
+- `ssd_scan=True`, a keyword that `Mamba2Model` passes on to the scan, chooses [`ssd_scan`], unless mamba-ssm's kernel,
+  which is faster still, can run.
+- Where mamba-ssm or causal-conv1d is installed, Transformers calls it for CPU tensors too, and it fails. Dispatchers
+  compute on a CPU in plain PyTorch.
 
-The last model to go leaves Transformers as it was.
+Transformers has its own functions again when no model holds the dispatchers.
 """
 
 import functools
@@ -18,6 +18,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -35,10 +36,46 @@ _PACKAGES = {
 _TRANSFORMERS_OWN = {name: getattr(modeling_mamba2, name) for name in _PACKAGES}
 
 
+class Kernels(NamedTuple):
+    """The functions of mamba-ssm; None for each that cannot be used."""
+
+    chunk_scan: Callable | None = None
+    split_conv1d_scan: Callable | None = None
+    rms_norm: Callable | None = None
+    missing: str | None = None  # the reason why there is no `split_conv1d_scan`
+
+
+@functools.cache
+def mamba_ssm_kernels() -> Kernels:
+    """Import mamba-ssm's kernels: at the first call, because that takes seconds."""
+    try:
+        from mamba_ssm.ops.triton import ssd_combined
+
+        chunk_scan = ssd_combined.mamba_chunk_scan_combined
+        split_conv1d_scan = ssd_combined.mamba_split_conv1d_scan_combined
+    except Exception as error:  # a broken installation fails in many ways
+        return Kernels(missing=f"mamba-ssm cannot be imported ({type(error).__name__}: {error})")
+    if getattr(ssd_combined, "causal_conv1d_fwd_function", None) is None:
+        missing = "causal-conv1d cannot be imported, or this mamba-ssm does not support its release"
+        return Kernels(chunk_scan, missing=missing)
+    try:
+        from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
+    except Exception:
+        rms_norm_fn = None
+    return Kernels(chunk_scan, split_conv1d_scan, rms_norm_fn)
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether Triton's and CUDA's kernels run on a device."""
+    return device.type == "cuda"
+
+
 @dataclass
 class _Replacement:
-    """A dispatcher, the function that it replaces, and whether it is in Transformers' module: there itself, or under a
-    function that somebody else has put over it."""
+    """A dispatcher and the function that it replaces.
+
+    `installed` says whether the dispatcher is in Transformers' module, perhaps wrapped by somebody else's function.
+    """
 
     replaced: Callable
     dispatcher: Callable
@@ -46,30 +83,34 @@ class _Replacement:
 
 
 _replacements: dict[str, _Replacement] = {}
-_claims: dict[int, weakref.finalize] = {}  # by the owner's id, as modules may say that they equal others
-_held = False  # whether there are claims: one value for torch.compile to watch, however many models come and go
-# Reentrant, as the garbage collector may end a claim at any time, in the thread that has the lock too.
+_claims: dict[int, weakref.finalize] = {}  # by the owner's id, because a module may define equality with others
+_held = False  # whether there are claims: one value for torch.compile to guard, however many models there are
+# Reentrant, because the garbage collector may end a claim at any time, even in the thread that has the lock.
 _lock = threading.RLock()
 
 
 def hold(owner: nn.Module) -> None:
-    """Keeps the dispatchers in Transformers' Mamba-2 until `release(owner)`, or until the owner is garbage-collected.
+    """Keep the dispatchers in Transformers' Mamba-2 until `release(owner)`, or until the owner is garbage-collected.
 
-    To hold what is held costs next to nothing. A copy of an owner holds nothing until it is called. It does nothing in
-    a graph that torch.compile is making, which cannot change Transformers.
+    Models call this in each forward pass: further calls cost next to nothing, and a copy of an owner, which holds
+    nothing yet, starts to hold. While torch.compile traces, the call does nothing, because a graph cannot change
+    Transformers.
     """
     if torch.compiler.is_compiling() or id(owner) in _claims:
         return
     with _lock:
-        if id(owner) not in _claims:  # another thread may have been faster
+        if id(owner) not in _claims:  # another thread may have added it
             claim = _claims[id(owner)] = weakref.finalize(owner, _end_claim, id(owner))
             claim.atexit = False
             _install()
 
 
 def release(owner: nn.Module) -> None:
-    """Gives up what `hold(owner)` claimed. The last one restores Transformers' functions. Where somebody else has put
-    a function over a dispatcher, that stays, and passes on what it is given."""
+    """End the claim of `hold(owner)`; the end of the last claim restores Transformers' functions.
+
+    Where somebody else's function wraps a dispatcher, both stay, and the dispatcher calls the function that it
+    replaced.
+    """
     with _lock:
         claim = _claims.get(id(owner))
         if claim is not None:
@@ -93,7 +134,7 @@ def _install() -> None:
         if known is not None and known.installed and not undone:
             continue
         if known is None or known.replaced is not current:
-            # The same one again wherever possible: graphs of torch.compile are good for the functions that they saw.
+            # Otherwise the old dispatcher comes back, because graphs of torch.compile are valid for that one only.
             known = _replacements[name] = _Replacement(current, _dispatcher(name, current))
         setattr(modeling_mamba2, name, known.dispatcher)
         known.installed = True
@@ -109,11 +150,11 @@ def _restore() -> None:
 
 
 def _dispatcher(name: str, chosen: Callable) -> Callable:
-    """What stands in the place of Transformers' choice between a kernel and its own plain form."""
+    """Wrap the function by which Transformers chooses between a kernel and its plain form."""
     is_scan = name == "mamba2_chunk_scan"
     kernel_installed = _is_installed(_PACKAGES[name])
-    scan_kernel_runs = is_scan and _scan_kernel_is_importable()
-    # Transformers puts its choice around the plain form.
+    has_scan_kernel = is_scan and mamba_ssm_kernels().chunk_scan is not None
+    # Transformers' function wraps its plain form.
     plain = inspect.unwrap(chosen)
     if plain is chosen:
         plain = None
@@ -126,11 +167,11 @@ def _dispatcher(name: str, chosen: Callable) -> Callable:
         own_scan = kwargs.get("ssd_scan", False)
         if is_scan:
             kwargs.pop("ssd_scan", None)
-            if own_scan and not (tensor.is_cuda and scan_kernel_runs):
+            if own_scan and not (has_scan_kernel and runs_kernels(tensor.device)):
                 return ssd_scan(*args, **kwargs)
-        # The plain forms cannot keep packed sequences apart; Transformers' choice says so.
+        # The plain forms cannot separate packed sequences; Transformers' function raises the error.
         packed = kwargs.get("seq_idx") is not None or kwargs.get("cu_seqlens") is not None
-        # Without kernels, it would tell an owner, who calls with `ssd_scan`, to install what no CPU can run.
+        # Without kernels, Transformers' function would advise an owner, which passes `ssd_scan`, to install them.
         if plain is not None and tensor.device.type == "cpu" and (kernel_installed or own_scan) and not packed:
             return plain(*args, **kwargs)
         return chosen(*args, **kwargs)
@@ -141,14 +182,5 @@ def _dispatcher(name: str, chosen: Callable) -> Callable:
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ValueError:  # somebody's stand-in for the package, without what Python's own imports have
+    except ValueError:  # the package is a stand-in without an import specification
         return True
-
-
-@functools.cache
-def _scan_kernel_is_importable() -> bool:
-    try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined  # noqa: F401
-    except Exception:  # as Transformers does: a broken installation fails in many ways
-        return False
-    return True

@@ -1,11 +1,12 @@
-"""The fused layer with mamba-ssm's own kernels against the stock layer in float64: on a CUDA device, or on the CPU in
-Triton's interpreter with what mamba-ssm and causal-conv1d compile replaced by `stand_ins`, which `make test-kernels`
-sets up. It is apart from the other tests, as Transformers takes mamba-ssm's kernels wherever it can import them."""
+"""The fused layer with mamba-ssm's own kernels against the stock layer in float64.
+
+The kernels run on a CUDA device, or in Triton's interpreter on the CPU, with `stand_ins` for the compiled extensions
+of mamba-ssm and causal-conv1d; `make test-kernels` sets this up. These tests run apart from the others because
+Transformers calls mamba-ssm's kernels wherever it can import them.
+"""
 
 import contextlib
 import copy
-import os
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,19 +17,19 @@ from tiny import tiny_text_config
 from transformers import Mamba2Model
 from transformers.models.mamba2 import modeling_mamba2
 
-from transformers_ma2mba import fused_layer
-from transformers_ma2mba.fused_layer import FusedLayer, why_not_fused
+from transformers_ma2mba import kernel_choice
+from transformers_ma2mba.fused_layer import FusedLayer
 from transformers_ma2mba.memory_model import TrainingStep, kept_bytes_per_token
 from transformers_ma2mba.multi_axis_checkpointing import enable_multi_axis_checkpointing
 from transformers_ma2mba.recurrent_state import LayerState, carried_cache, read_state, write_state
 from transformers_ma2mba.ssd_scan import ssd_scan
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-WHY_NOT = why_not_fused([], DEVICE)
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"mamba-ssm's kernels: {WHY_NOT}; see make test-kernels")
+KERNELS = kernel_choice.mamba_ssm_kernels()
+pytestmark = pytest.mark.skipif(KERNELS.missing is not None, reason=f"{KERNELS.missing}; see make test-kernels")
 
-# Relative, by the norm of each tensor: three times what was measured on a CPU. Tensor cores round float32 to TF32,
-# which has the digits of float16; bfloat16 has three bits fewer.
+# Relative to the norm of each tensor: three times the errors measured on a CPU. Tensor cores round float32 to TF32,
+# which has as many digits as float16; bfloat16 has three bits fewer.
 TOLERANCE = {
     ("cpu", torch.float32): 3e-5,
     ("cpu", torch.float16): 6e-3,
@@ -36,18 +37,18 @@ TOLERANCE = {
     ("cuda", torch.bfloat16): 0.05,
 }
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter cannot multiply bfloat16 matrices
-NOTHING = 1e-3  # a norm, where those of gradients are around 1: relative to less, rounding errors are large
+SMALLEST_NORM = 1e-3  # relative to smaller norms, rounding errors are large; norms of gradients are around 1
 if DEVICE.type == "cuda":
     CONFIG = dict(hidden_size=512, num_heads=16, head_dim=64, state_size=128, chunk_size=256)
-    PIECES = {
+    LENGTHS = {
         torch.float32: [[1], [2], [255], [256], [257], [1000], [4096 + 13], [3, 1, 2, 5], [5, 252], [5, 253, 254]],
         HALF: [[257], [1000], [4096 + 13], [1000, 257, 4096 + 13]],
     }
     GRID = [("layer-major", 1, 1000, 4096 + 13), ("sequence-major", 2, 4096, 10_000)]
     PADDED = [300, 257, 443]
-else:  # as little as possible, since interpreting takes long
+else:  # as small as possible, because the interpreter is slow
     CONFIG = dict(hidden_size=16, num_heads=2, head_dim=16, state_size=16, chunk_size=16)
-    PIECES = {
+    LENGTHS = {
         torch.float32: [[1], [2], [15], [16], [17], [3, 1, 2, 5], [5, 13], [5, 14], [7, 37]],
         HALF: [[17], [7, 37]],
     }
@@ -56,25 +57,15 @@ else:  # as little as possible, since interpreting takes long
 
 
 @pytest.fixture(autouse=True)
-def without_cuda(monkeypatch):
-    """What mamba-ssm asks of the device while its kernels are interpreted."""
-    if DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-        properties = SimpleNamespace(multi_processor_count=1)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-
-
-@pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """Where each call of the kernel starts: from a state or not."""
+    """Whether each call of the kernel starts from a state."""
     calls = []
-    kernels = fused_layer._kernels()
 
     def recorded(*args, **kwargs):
         calls.append(kwargs["initial_states"] is not None)
-        return kernels.split_conv1d_scan(*args, **kwargs)
+        return KERNELS.split_conv1d_scan(*args, **kwargs)
 
-    monkeypatch.setattr(fused_layer, "_kernels", lambda: kernels._replace(split_conv1d_scan=recorded))
+    monkeypatch.setattr(kernel_choice, "mamba_ssm_kernels", lambda: KERNELS._replace(split_conv1d_scan=recorded))
     return calls
 
 
@@ -121,23 +112,23 @@ def random_state(config, dtype, batch_size=2) -> LayerState:
 
 
 def weighted(tensors):
-    """A loss that weighs each number in its own way."""
+    """A loss with a random weight for each element."""
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(tensor.shape, generator=generator).to(DEVICE) for tensor in tensors]
     return sum((tensor * weight.to(tensor.dtype)).sum() for tensor, weight in zip(tensors, weights, strict=True))
 
 
-def run(layer, call, inputs, pieces, state, attention_mask=None):
-    """All that comes out of a sequence, cut into pieces, and its gradients."""
+def run(layer, call, inputs, lengths, state, attention_mask=None):
+    """Outputs, final states and gradients of a sequence that is cut into segments of the given lengths."""
     layer.zero_grad()
     inputs = inputs.clone().requires_grad_()
     state = LayerState(*(tensor if tensor is None else tensor.clone().requires_grad_() for tensor in state))
     cache = carried_cache(1)
     write_state(cache.layers[0], state)
-    masks = [None] * len(pieces) if attention_mask is None else attention_mask.split(pieces, dim=1)
+    masks = [None] * len(lengths) if attention_mask is None else attention_mask.split(lengths, dim=1)
     outputs = [
-        call(piece, cache_params=cache, attention_mask=mask)
-        for piece, mask in zip(inputs.split(pieces, dim=1), masks, strict=True)
+        call(segment, cache_params=cache, attention_mask=mask)
+        for segment, mask in zip(inputs.split(lengths, dim=1), masks, strict=True)
     ]
     outputs = [torch.cat(outputs, dim=1), *read_state(cache.layers[0])]
     weighted(outputs).backward()
@@ -150,26 +141,28 @@ def assert_close(actual, expected, dtype):
     tolerance = TOLERANCE[DEVICE.type, dtype]
     assert actual.keys() == expected.keys()
     errors = {
-        name: ((actual[name] - tensor).norm() / tensor.norm().clamp(min=NOTHING)).item()
+        name: ((actual[name] - tensor).norm() / tensor.norm().clamp(min=SMALLEST_NORM)).item()
         for name, tensor in expected.items()
     }
     assert all(error <= tolerance for error in errors.values()), errors  # and so no NaN
 
 
-@pytest.mark.parametrize("pieces, dtype", [(pieces, dtype) for dtype in PIECES for pieces in PIECES[dtype]], ids=str)
-def test_pieces(pieces, dtype, in_double, calls):
+@pytest.mark.parametrize(
+    "lengths, dtype", [(lengths, dtype) for dtype in LENGTHS for lengths in LENGTHS[dtype]], ids=str
+)
+def test_segments_equal_the_whole_sequence(lengths, dtype, in_double, calls):
     layer = trunk(dtype).layers[0]
-    inputs = torch.randn(1, sum(pieces), CONFIG["hidden_size"]).to(DEVICE, dtype)
+    inputs = torch.randn(1, sum(lengths), CONFIG["hidden_size"]).to(DEVICE, dtype)
     with in_double():
         exact = in_float64(layer)
-        expected = run(exact, exact, inputs.double(), [sum(pieces)], LayerState())
+        expected = run(exact, exact, inputs.double(), [sum(lengths)], LayerState())
     assert not calls
-    assert_close(run(layer, FusedLayer(layer), inputs, pieces, LayerState()), expected, dtype)
-    assert calls == [False] + [True] * (len(pieces) - 1)
+    assert_close(run(layer, FusedLayer(layer), inputs, lengths, LayerState()), expected, dtype)
+    assert calls == [False] + [True] * (len(lengths) - 1)
 
 
 @pytest.mark.parametrize("options", [{"n_groups": 2, "use_bias": True}, {"use_conv_bias": False}], ids=str)
-def test_a_state_that_is_given(options, in_double, calls):
+def test_given_state(options, in_double, calls):
     model = trunk(torch.float32, **options)
     layer = model.layers[0]
     inputs = torch.randn(2, 3, CONFIG["hidden_size"]).to(DEVICE)
@@ -183,7 +176,7 @@ def test_a_state_that_is_given(options, in_double, calls):
 
 
 def left_padding(length):
-    """A mask of three samples: padded within the first chunk, beyond it, and altogether."""
+    """A mask of three samples: padded within the first chunk, beyond it, and entirely."""
     padded = torch.tensor([length // 5, length * 4 // 5, length])
     return (torch.arange(length) >= padded[:, None]).long().to(DEVICE)
 
@@ -196,7 +189,7 @@ def between_real_tokens(length):
 
 
 @pytest.mark.parametrize(
-    "pieces, options, dtype",
+    "lengths, options, dtype",
     [
         (PADDED, {"n_groups": 2, "use_bias": True}, torch.float32),
         ([sum(PADDED)], {"use_conv_bias": False}, torch.float32),
@@ -204,33 +197,33 @@ def between_real_tokens(length):
     ],
     ids=str,
 )
-def test_left_padding(pieces, options, dtype, in_double, calls):
+def test_left_padding(lengths, options, dtype, in_double, calls):
     layer = trunk(dtype, **options).layers[0]
-    mask = left_padding(sum(pieces))
+    mask = left_padding(sum(lengths))
     inputs = torch.randn(*mask.shape, CONFIG["hidden_size"]).to(DEVICE, dtype)
     with in_double():
         exact = in_float64(layer)
-        expected = run(exact, exact, inputs.double(), [sum(pieces)], LayerState(), mask)
+        expected = run(exact, exact, inputs.double(), [sum(lengths)], LayerState(), mask)
     assert not calls
-    assert_close(run(layer, FusedLayer(layer), inputs, pieces, LayerState(), mask), expected, dtype)
-    assert calls == [False] + [True] * (len(pieces) - 1)
+    assert_close(run(layer, FusedLayer(layer), inputs, lengths, LayerState(), mask), expected, dtype)
+    assert calls == [False] + [True] * (len(lengths) - 1)
 
 
-def test_a_state_before_padding(in_double, calls):
-    """The stock layer, given steps of size zero at padded positions: on the left, on the right, and between."""
+def test_state_before_padding(in_double, calls):
+    """The result equals the stock layer with steps of size zero at padding on the left, on the right and between."""
     model = trunk(torch.float32, n_groups=2, use_bias=True)
     layer = model.layers[0]
     mask = between_real_tokens(sum(PADDED))
     inputs = torch.randn(*mask.shape, CONFIG["hidden_size"]).to(DEVICE)
     state = random_state(model.config, torch.float32, len(mask))
 
-    def without_time(module, args, projected):
+    def zero_steps(module, args, projected):
         gate_and_convolved, dt = projected.tensor_split([-CONFIG["num_heads"]], dim=-1)
         return torch.cat([gate_and_convolved, dt.masked_fill((mask == 0)[..., None], -torch.inf)], dim=-1)
 
     with in_double():
         exact = in_float64(layer)
-        exact.mixer.in_proj.register_forward_hook(without_time)
+        exact.mixer.in_proj.register_forward_hook(zero_steps)
         double = LayerState(*(tensor.double() for tensor in state))
         expected = run(exact, exact, inputs.double(), [sum(PADDED)], double, mask)
     assert_close(run(layer, FusedLayer(layer), inputs, PADDED, state, mask), expected, torch.float32)
@@ -239,7 +232,7 @@ def test_a_state_before_padding(in_double, calls):
 
 @pytest.mark.parametrize("padding", [False, True], ids=["real", "padded"])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-def test_a_fused_layer_keeps_what_the_plan_says(dtype, padding):
+def test_fused_layer_keeps_the_planned_memory(dtype, padding):
     model = trunk(dtype, residual_in_fp32=True)
     mask = torch.ones(2, 3 * CONFIG["chunk_size"], dtype=torch.long, device=DEVICE)
     mask[1, :5] = 0
@@ -249,7 +242,7 @@ def test_a_fused_layer_keeps_what_the_plan_says(dtype, padding):
         write_state(cache.layers[0], random_state(model.config, dtype))
         rows = torch.randn(2, length, CONFIG["hidden_size"], device=DEVICE, requires_grad=True)
         with kept_beside(model) as kept:
-            # Of a mask, a slice, as the grid gives: what is kept then is the batch's.
+            # The mask is a slice, as in the grid: backward keeps the batch's mask.
             given = mask[:, :length] if padding else None
             output = FusedLayer(model.layers[0])(rows, cache_params=cache, attention_mask=given)
         assert output.dtype == torch.float32
