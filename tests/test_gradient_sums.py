@@ -1,10 +1,13 @@
-"""Sums of gradients: exact in float64, and in half precision without losing what is small."""
+"""Sums of gradients are exact in float64, and do not lose small shares in half precision."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
-from transformers_ma2mba import gradient_sums
+from transformers_ma2mba import compensated_add
 from transformers_ma2mba.gradient_sums import GradientSums
 
 
@@ -24,14 +27,14 @@ def test_sums_in_the_order_of_the_parameters():
     assert nothing is None
 
 
-def test_nothing_if_nothing_is_added():
-    """Not zeros: those would look like a gradient that somebody has computed."""
+def test_a_parameter_without_shares_has_no_sum():
+    """The sum is None instead of zeros, which would look like a computed gradient."""
     assert GradientSums(parameters((3, 2), (4,))).totals() == [None, None]
 
 
 @pytest.mark.parametrize("padding_idx", [None, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_rows_of_embeddings_are_added_by_index(dtype, padding_idx):
+def test_embedding_rows_are_added_by_index(dtype, padding_idx):
     torch.manual_seed(0)
     embedding = nn.Embedding(11, 4, padding_idx=padding_idx, dtype=dtype)
     exact = nn.Embedding(11, 4, padding_idx=padding_idx, dtype=torch.float64)
@@ -41,17 +44,17 @@ def test_rows_of_embeddings_are_added_by_index(dtype, padding_idx):
         sums.add_rows(embedding.weight, token_ids, gradient, padding_idx)
         exact(token_ids).backward(gradient.double())
     share = torch.ones(11, 4, dtype=dtype)
-    sums.add(embedding.weight, share)  # it may have another use, too
+    sums.add(embedding.weight, share)  # as if the weight had another use
     (total,) = sums.totals()
     assert total.dtype == dtype
-    # Of bfloat16 no more is lost than by rounding the whole sum once, and the share after it.
+    # bfloat16 loses no more than by rounding the whole sum once, and once again with the share.
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-4, torch.bfloat16: 1e-3}[dtype]
     torch.testing.assert_close(total.double(), exact.weight.grad + 1, rtol=torch.finfo(dtype).eps, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_what_was_added_stays_as_it_was(dtype):
-    """Autograd may hand out one tensor as the gradient of several things."""
+def test_shares_are_not_modified(dtype):
+    """Autograd may return one tensor as the gradient of several parameters."""
     first, second = parameters((3, 2), (3, 2), dtype=dtype)
     sums = GradientSums([first, second])
     shared = torch.ones(3, 2, dtype=dtype)
@@ -64,7 +67,7 @@ def test_what_was_added_stays_as_it_was(dtype):
 @pytest.mark.parametrize("at_once", [4, 2**22], ids=["in parts", "at once"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_does_not_lose_small_shares(dtype, at_once, monkeypatch):
-    monkeypatch.setattr(gradient_sums, "_NUMBERS_AT_ONCE", at_once)
+    monkeypatch.setattr(compensated_add, "_ELEMENTS_AT_ONCE", at_once)
     torch.manual_seed(0)
     (parameter,) = parameters((5, 7), dtype=dtype)
     sums = GradientSums([parameter])
@@ -82,5 +85,18 @@ def test_half_precision_does_not_lose_small_shares(dtype, at_once, monkeypatch):
         return ((tensor.double() - exact).abs() / exact).max().item()
 
     half_a_unit = torch.finfo(dtype).eps / 2
-    assert error(total) < 1.1 * half_a_unit  # as if summed exactly and rounded once
+    assert error(total) < 1.1 * half_a_unit  # as if the sum were exact and rounded once
     assert error(naive) > 20 * half_a_unit
+
+
+def test_package_imports_without_triton():
+    """The plain form remains where Triton is missing, or its installation is broken."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from transformers_ma2mba.compensated_add import compensated_add, triton\n"
+        "tensors = torch.ones(3, 4, dtype=torch.bfloat16)\n"
+        "compensated_add(*tensors)\n"
+        "assert triton is None and (tensors[0] == 3).all()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
