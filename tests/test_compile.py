@@ -1,6 +1,7 @@
-"""`torch.compile`, through each way in: the results are those without it, and few graphs serve all lengths.
+"""`torch.compile` through each entry point: results stay the same, and few graphs serve all lengths.
 
-A backend that changes nothing of them runs the graphs, as Inductor takes many seconds for each: one test is its."""
+A backend that runs graphs unchanged is used, because Inductor takes many seconds for each: one test uses Inductor.
+"""
 
 import collections
 import copy
@@ -20,7 +21,7 @@ CELLS = {"layer_interval": 1, "sequence_interval": 32}
 
 
 class Graphs:
-    """A backend that counts the graphs of each frame, and notes what they call."""
+    """A backend that counts the graphs of each frame and the targets of their calls."""
 
     def __init__(self):
         self.compile = torch._dynamo.lookup_backend("aot_eager")
@@ -38,15 +39,14 @@ class Graphs:
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled_before():
+def no_earlier_graphs():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
 def batch(length, batch_size=1, num_frames=0, padding=0):
-    """Token ids of which the second half is supervised, the first row padded, with the same number of frames in each
-    row."""
+    """Make token ids with a supervised second half, padding in the first row, and as many frames in each row."""
     generator = torch.Generator().manual_seed(length)
     input_ids = torch.randint(2, VOCABULARY - 2, (batch_size, length), generator=generator)
     inputs = {"input_ids": input_ids, "labels": input_ids.clone()}
@@ -63,7 +63,7 @@ def batch(length, batch_size=1, num_frames=0, padding=0):
 
 
 def step(model, inputs, parameters):
-    """The loss, and the gradients of those that have one."""
+    """Run one training step; return the loss, and the gradients of the parameters that have one."""
     for parameter in parameters.values():
         parameter.grad = None
     loss = model(**inputs).loss
@@ -72,20 +72,20 @@ def step(model, inputs, parameters):
 
 
 def assert_same_step(compiled, model, inputs, tolerance=2e-5):
-    """Gradients are the same to a tolerance that is relative to the greatest value of each."""
+    """Compare gradients with a tolerance relative to the largest value of each."""
     parameters = dict(model.named_parameters())
     loss, gradients = step(compiled, inputs, parameters)
     expected_loss, expected = step(model, inputs, parameters)
     assert_close(loss, expected_loss, rtol=tolerance, atol=0)
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
-        # Keys of attention have a bias that changes nothing: its gradient is rounding errors around 1e-9.
+        # The bias of attention's keys has no effect: its gradient consists of rounding errors around 1e-9.
         limit = tolerance * gradient.abs().max().item() + 1e-7
         assert_close(gradients[name], gradient, rtol=0, atol=limit, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def video_model():
-    """As small as it gets: graphs are made of each operation."""
+    """Make a model as small as possible, because compilation time grows with the number of operations."""
     return tiny_model(tiny_config(text={"num_hidden_layers": 1}, vision={"num_hidden_layers": 2})).train()
 
 
@@ -107,7 +107,7 @@ def test_one_graph_serves_all_lengths(model):
     graphs = Graphs()
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
     with torch.no_grad():
-        # The scan takes 64 tokens at a time and keeps a state every 512 of them, but for the last few.
+        # The lengths are below, at and above tiles of 64 tokens and spans of 512.
         for length in (12, 77, 300, 64, 512, 513, 1100):
             input_ids = batch(length)["input_ids"]
             assert_close(compiled(input_ids=input_ids).logits, model(input_ids=input_ids).logits)
@@ -125,7 +125,7 @@ def test_generation(model):
     model.forward = torch.compile(model.forward, backend=graphs)
     for prompt, tokens in zip(prompts, expected, strict=True):
         assert torch.equal(model.generate(**prompt, **options), tokens)
-    assert graphs.scans() > 0 and max(graphs.frames.values()) <= 4  # with pictures, padding, other lengths; a token
+    assert graphs.scans() > 0 and max(graphs.frames.values()) <= 4  # video, padding, other lengths, one token
 
 
 # Training
@@ -151,13 +151,13 @@ def test_training_step(make_model, batches):
     for inputs in batches:
         assert_same_step(compiled, model, inputs)
     assert max(graphs.frames.values()) <= 3  # the first, other lengths, a batch with padding
-    # The walk of MA-GC is outside, and so is the loss in pieces; the vision encoder is not.
+    # MA-GC's cells and the loss in pieces run outside graphs, and the vision encoder inside.
     checkpointed = make_model is not video_model
     assert (graphs.scans() == 0) == checkpointed
     assert any("linear" in target for target in graphs.targets) == (not checkpointed or batches is VIDEOS)
     if batches is VIDEOS:
         attentions = sum(count for target, count in graphs.targets.items() if "dot_product_attention" in target)
-        assert attentions == 2 * 2  # layers; pieces of two frames and of three, as which a longer video comes
+        assert attentions == 2 * 2  # layers times sizes of pieces: two frames, and three for longer videos
         assert any("checkpoint" in target for target in graphs.targets) == checkpointed
 
 
@@ -169,12 +169,12 @@ def test_float64():
 def test_autocast():
     model = video_model()
     with torch.autocast("cpu", torch.bfloat16):
-        # Bits of bfloat16 that another order of the same operations may round otherwise.
+        # Another order of the same operations may round differently to bfloat16.
         assert_same_step(torch.compile(model, backend="aot_eager"), model, batch(77), tolerance=5e-3)
 
 
-def test_a_copy_that_was_never_called():
-    """It is `ssd_scan` that is compiled all the same."""
+def test_copy_that_was_never_called():
+    """Its graph has `ssd_scan`, too."""
     model, graphs = copy.deepcopy(video_model()), Graphs()
     with torch.no_grad():
         torch.compile(model, backend=graphs)(input_ids=torch.arange(12).view(1, 12))
@@ -195,7 +195,7 @@ def test_a_copy_that_was_never_called():
         ),
     ],
 )
-# No processes to compile in, each of which would import PyTorch first.
+# Compile in this process, because each worker process would import PyTorch first.
 @torch._inductor.config.patch(compile_threads=1)
 def test_trainer(tmp_path, backend, checkpointed, num_frames):
     trained = {}

@@ -1,8 +1,8 @@
-"""Pinned host memory in the sizes that are asked for.
+"""Pinned host memory in exactly the requested sizes.
 
 PyTorch's own allocator rounds pinned memory up to powers of two, and a hundred gigabytes of checkpoints might become
-two hundred. Pinning takes seconds for every ten gigabytes, so blocks that are free are kept for the steps to come, of
-whatever length these are.
+two hundred. Pinning takes seconds for every ten gigabytes, so free blocks are kept for later steps, whose sequences
+may be shorter or longer.
 """
 
 import contextlib
@@ -15,20 +15,20 @@ from collections import deque
 
 import torch
 
-_LARGEST_SHARE = 4  # a block serves what takes at least one part in so many of it, or little would wait for much
+_LARGEST_RATIO = 4  # of a block's size to that of a tensor in it, so that small tensors do not occupy large blocks
 
 
 class PinnedMemory:
     """Blocks of host memory that a CUDA device copies from and to directly.
 
-    A tensor gives its block back when nothing refers to its storage any more; whoever copies without waiting must hold
-    it until the copy is done. A free block serves whatever fits into it and takes at least a quarter of it, the
-    smallest such block first. If none does, a block of just the size that is asked for is pinned.
+    A tensor returns its block when nothing refers to its storage any more; the caller of an asynchronous copy must
+    keep the tensor until the copy is done. A request takes the smallest free block that it fills to at least a
+    quarter. If there is none, a block of exactly the requested size is pinned.
 
-    What is pinned is at most twice the largest demand, which is the most bytes that tensors have held at a time. Two
-    rules see to that. What the blocks in use have beyond their tensors stays within the largest demand: otherwise a
-    new block is pinned. And a new block takes the place of free ones, those that are next smaller first, if with it
-    more would be pinned than twice the largest demand.
+    The largest demand is the most bytes that tensors have held at a time. At most twice as many bytes are pinned, by
+    two rules. First, the unused part of the blocks in use stays within the largest demand: a request that would exceed
+    it gets a new block. Second, if a new block would bring the pinned bytes above twice the largest demand, free
+    blocks are released before, the next smaller ones first.
     """
 
     def __init__(self):
@@ -37,13 +37,17 @@ class PinnedMemory:
         self.demand = 0  # bytes that tensors hold
         self.largest_demand = 0
         self.used_bytes = 0  # of the blocks that tensors hold
-        # Blocks come back wherever Python collects garbage, perhaps in the midst of what follows. So they wait here,
-        # each with the bytes that were asked for, until somebody holds the lock who can put them away.
+        # Python may collect garbage, and so return blocks, at any line of these methods. So returned blocks wait here
+        # with the number of requested bytes, until a thread that holds the lock puts them away.
         self.returned: deque[tuple[mmap.mmap, int]] = deque()
         self.lock = threading.Lock()
 
     def empty(self, shape, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor with whatever the memory holds.
+        """Return an uninitialised tensor in pinned memory.
+
+        Args:
+            shape: the tensor's shape.
+            dtype: its type.
 
         Raises:
             RuntimeError: if the memory cannot be pinned.
@@ -63,7 +67,7 @@ class PinnedMemory:
         return torch.frombuffer(memory, dtype=dtype).view(shape)
 
     def release(self):
-        """Returns the free blocks to the system."""
+        """Return the free blocks to the system."""
         with self.lock:
             self._put_away()
             self._release_all()
@@ -76,18 +80,18 @@ class PinnedMemory:
             self.used_bytes -= len(block)
 
     def _take(self, num_bytes: int, largest_demand: int) -> mmap.mmap | None:
-        """The smallest free block that suits."""
-        suiting = [block for block in self.free if num_bytes <= len(block) <= _LARGEST_SHARE * num_bytes]
-        if not suiting:
+        """Take the smallest suitable free block, or None."""
+        suitable = [block for block in self.free if num_bytes <= len(block) <= _LARGEST_RATIO * num_bytes]
+        if not suitable:
             return None
-        block = min(suiting, key=len)
+        block = min(suitable, key=len)
         if self.used_bytes + len(block) - (self.demand + num_bytes) > largest_demand:
             return None
         self.free.remove(block)
         return block
 
     def _pin(self, num_bytes: int, largest_demand: int) -> mmap.mmap:
-        """A new block, and free ones released in exchange for it."""
+        """Pin a new block, and release free ones in exchange."""
         superseded = sorted(self.free, key=lambda block: (len(block) > num_bytes, abs(len(block) - num_bytes)))
         while superseded and self.pinned_bytes + num_bytes > 2 * largest_demand:
             self._unpin(superseded.pop(0))
@@ -110,31 +114,31 @@ class PinnedMemory:
         self.free.remove(block)
         self.pinned_bytes -= len(block)
         torch.cuda.cudart().cudaHostUnregister(_address(block))
-        with contextlib.suppress(BufferError):  # a thread is still on its way out of it; then it goes with that
+        with contextlib.suppress(BufferError):  # a thread is just dropping its tensor, and will free the block with it
             block.close()
 
 
 def _pinned_block(num_bytes: int) -> mmap.mmap:
     shortage = (
         f"CUDA cannot pin {num_bytes / 2**30:.1f} GiB of host memory for offloaded checkpoints (error {{}}): there "
-        "may be too little of it, or `ulimit -l` may forbid it."
+        "may be too little of it, or `ulimit -l` may limit it."
     )
-    # Private: of a mapping that processes might share, Linux makes no huge pages. Windows knows neither.
+    # Private, because Linux makes no huge pages for shared mappings. Windows has neither flag.
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     try:
         block = mmap.mmap(-1, num_bytes, **private)
     except OSError as error:
         raise RuntimeError(shortage.format(error)) from error
-    # Huge pages are fewer to pin. And after a fork, the first to write to a page would get a copy of it, and that
-    # might be this process, with the device still at the original; so a child gets none.
+    # Huge pages are fewer to pin. Children get none of the pages: after a fork, the first process to write to a page
+    # gets a copy, and if that were this process, the device would go on using the original.
     for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-        with contextlib.suppress(AttributeError, OSError):  # not every system has them
+        with contextlib.suppress(AttributeError, OSError):  # not every system has these
             block.madvise(getattr(mmap, advice))
     error = int(torch.cuda.cudart().cudaHostRegister(_address(block), num_bytes, 0))
     if error != 0:
         block.close()
         if torch.cuda.is_initialized():
-            # CUDA remembers the error until somebody asks for it, and PyTorch asks after each kernel that it starts.
+            # CUDA keeps the error until the next query, and PyTorch queries after each kernel: this one clears it.
             with contextlib.suppress(RuntimeError):
                 torch.ones(1, device="cuda")
         raise RuntimeError(shortage.format(error))
@@ -145,4 +149,4 @@ def _address(block: mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(block))
 
 
-pinned_memory = PinnedMemory()  # one for the process: blocks are large
+pinned_memory = PinnedMemory()  # one for the process, because blocks are large

@@ -1,7 +1,7 @@
-"""Modules whose parameters are spread over processes: FSDP2's `fully_shard` and DeepSpeed's ZeRO-3.
+"""Modules whose parameters are sharded over processes: FSDP2's `fully_shard` and DeepSpeed's ZeRO-3.
 
-Hooks around a module's call gather its parameters and, once its gradients are complete, scatter those. Each is a
-collective operation, so all processes must make the same calls in the same order, however long their sequences are.
+Hooks around a module's call gather its parameters, and scatter its gradients once these are complete. Both are
+collective operations, so all processes must make the same calls in the same order, however long their sequences are.
 """
 
 import functools
@@ -17,30 +17,30 @@ except ImportError:  # PyTorch built without torch.distributed
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether calls of this very module gather parameters from other processes."""
-    return isinstance(module, FSDPModule) or "ds_id" in vars(module)  # by which ZeRO-3 knows a module
+    """Whether calls of this module itself gather parameters from other processes."""
+    return isinstance(module, FSDPModule) or "ds_id" in vars(module)  # ZeRO-3's mark
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether calls of this very module come by hooks that are not those of sharding."""
+    """Whether calls of this module itself run forward hooks other than those of sharding."""
     if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
         return True
     return not is_sharded(module) and bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def plain_forward(module: nn.Module) -> Callable:
-    """What to call for a module inside `call_through_hooks`: where it is sharded, its hooks run around the whole."""
+    """Return the callable for a module inside `call_through_hooks`, which has run a sharded module's hooks already."""
     return module.forward if is_sharded(module) else module
 
 
 def gather_at_once(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Has ZeRO-3 gather all parameters of each module around its call, as FSDP2 does, and none of its sub-modules'.
+    """Make ZeRO-3 gather all parameters of each module around its call, as FSDP2 does, and not by sub-module.
 
     Returns:
-        The modules for which nobody had asked this before.
+        The modules that were not marked for this before.
 
     Raises:
-        RuntimeError: if DeepSpeed has hung its hooks on the sub-modules already.
+        RuntimeError: if DeepSpeed has already added its hooks to the sub-modules.
     """
     changed = []
     for module in modules:
@@ -50,36 +50,49 @@ def gather_at_once(modules: Iterable[nn.Module]) -> list[nn.Module]:
                 "gradient checkpointing needs a whole block: enable it before deepspeed.initialize, as Trainer does."
             )
         if not getattr(module, "_z3_leaf", False):
-            module._z3_leaf = True  # what deepspeed.utils.set_z3_leaf_module does; without DeepSpeed, nobody asks
+            module._z3_leaf = True  # as deepspeed.utils.set_z3_leaf_module does; only DeepSpeed reads it
             changed.append(module)
     return changed
 
 
 def gather_piecemeal(modules: Iterable[nn.Module]):
-    """Undoes `gather_at_once`. DeepSpeed reads its mark when it hangs its hooks, and at each call from then on: where
-    it has done so, the mark must stay."""
+    """Undo `gather_at_once`.
+
+    The mark stays on modules that DeepSpeed has added its hooks to, because it reads the mark at each call.
+    """
     for module in modules:
         if not is_sharded(module):
             vars(module).pop("_z3_leaf", None)
 
 
 def call_through_hooks(modules: list[nn.Module], function: Callable, hidden_states: torch.Tensor, *args):
-    """Calls a function inside one call of each module that is sharded: their hooks gather the parameters before it and
-    in its backward, and scatter the gradients once they are complete, as for a call of the module itself.
+    """Call a function inside one call of each sharded module.
+
+    The modules' hooks gather the parameters before the function and in its backward, and scatter the gradients once
+    they are complete, as for a call of the module itself.
+
+    Args:
+        modules: sharded or not, perhaps repeated; the first is called outermost.
+        function: receives `hidden_states` and `args`.
+        hidden_states: its gradient is required if parameters are trained.
+        args: further arguments.
+
+    Returns:
+        The result of the function.
 
     Raises:
-        RuntimeError: under the first version of FSDP, which hides the parameters that gradients are to be found for.
+        RuntimeError: under the first version of FSDP, which hides the parameters.
     """
-    # Both versions mark what they manage; the first leaves plain tensors where parameters were.
+    # Both versions mark the modules that they manage; the first leaves plain tensors in place of parameters.
     if any(getattr(module, "_is_fsdp_managed_module", False) and not [*module.parameters()] for module in modules):
         raise RuntimeError(
             "Multi-axis gradient checkpointing cannot see the parameters that the first version of FSDP has "
-            "flattened: use the second, fully_shard, which is fsdp_version: 2 in Accelerate's configuration."
+            "flattened: use the second version, fully_shard (fsdp_version: 2 in Accelerate's configuration)."
         )
     sharded = [module for module in dict.fromkeys(modules) if is_sharded(module)]
     trained = any(parameter.requires_grad for module in sharded for parameter in module.parameters())
     if trained and torch.is_grad_enabled() and not hidden_states.requires_grad:
-        # The hook that scatters gradients waits for that of the input; ZeRO-3 would not wait at all.
+        # Hooks wait for the input's gradient before they scatter; without one, ZeRO-3's would not wait at all.
         hidden_states = hidden_states.detach().requires_grad_()
     for module in reversed(sharded):
         function = functools.partial(_call_in_place_of_forward, module, function)
@@ -99,10 +112,13 @@ def _call_in_place_of_forward(module, function, *args):
 
 
 def processes_in_step(model: nn.Module) -> list:
-    """The process groups, if any, whose processes must make the same calls of a model's modules in the same order.
+    """Find the process groups whose processes must call a model's modules in the same order.
 
-    Those are the groups over which modules are sharded, and those in which DeepSpeed's ZeRO-1 and 2 add up gradients
-    in the order of their arrival.
+    Modules are sharded over these groups, or DeepSpeed's ZeRO-1 and 2 add up gradients over them in the order of
+    their arrival.
+
+    Returns:
+        The groups, none if the order may differ.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return []
@@ -111,7 +127,7 @@ def processes_in_step(model: nn.Module) -> list:
             state = module._get_fsdp_state()
             sharded = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # the latter up to 2.11
             if sharded[0] is not None:
-                # With replicas of shards there are two, one for each dimension of the mesh.
+                # With replicated shards, the mesh has two dimensions, and a group for each.
                 return sharded[0].mesh_info.mesh.get_all_groups()
         for parameter in module.parameters(recurse=False):
             if "ds_process_group" in vars(parameter):
@@ -126,7 +142,13 @@ def _is_deepspeeds(hook: Callable) -> bool:
 
 
 def max_over_processes(numbers: list[int], groups: list, device: torch.device) -> list[int]:
-    """The largest of each of the numbers that the processes of the groups have. All of them wait for each other."""
+    """Return the elementwise maximum of the numbers over the processes of the groups, which wait for each other.
+
+    Args:
+        numbers: as many in each process.
+        groups: as from `processes_in_step`.
+        device: where the groups' backend communicates.
+    """
     largest = torch.tensor(numbers, device=device)
     for group in groups:
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
