@@ -1,4 +1,4 @@
-"""Blocks of pinned memory: exact, reused, given back. CUDA's part in it is played by a list."""
+"""Blocks of pinned memory have exact sizes, are reused, and return to the system. A list stands in for CUDA."""
 
 import gc
 import mmap
@@ -14,7 +14,7 @@ from transformers_ma2mba.pinned_memory import PinnedMemory
 
 
 class Cuda:
-    """What the CUDA runtime would know: the sizes of the blocks that are pinned, by address."""
+    """The CUDA runtime's record of pinned blocks: their sizes by address."""
 
     def __init__(self, limit=float("inf")):
         self.pinned, self.registrations, self.most, self.limit = {}, 0, 0, limit
@@ -40,7 +40,7 @@ def cuda(monkeypatch):
     return cuda
 
 
-def test_a_tensor_has_a_block_of_its_own_size(cuda):
+def test_block_has_the_size_of_its_tensor(cuda):
     tensor = PinnedMemory().empty((3, 5, 7), torch.float64)
     assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == ((3, 5, 7), torch.float64, True)
     assert cuda.pinned == {tensor.data_ptr(): 3 * 5 * 7 * 8}
@@ -48,7 +48,7 @@ def test_a_tensor_has_a_block_of_its_own_size(cuda):
     assert tensor.sum() == 105 * 52
 
 
-def test_blocks_come_back_with_the_last_view(cuda):
+def test_block_is_free_after_the_last_view(cuda):
     memory = PinnedMemory()
     tensor = memory.empty((100, 100), torch.float32)
     view, address = tensor[3:5], tensor.data_ptr()
@@ -61,37 +61,37 @@ def test_blocks_come_back_with_the_last_view(cuda):
     assert cuda.registrations == 2
 
 
-def test_two_at_a_time_share_nothing(cuda):
+def test_tensors_share_no_block(cuda):
     memory = PinnedMemory()
     one, two = (memory.empty((50,), torch.bfloat16).fill_(value) for value in (1, 2))
     assert (one == 1).all() and (two == 2).all()
     assert len(cuda.pinned) == 2
 
 
-def asked_after(memory, *held_and_asked):
-    """Gives blocks of some bytes back, and asks for one more."""
-    *held, asked = held_and_asked
-    held = [memory.empty((size,), torch.uint8) for size in held]
-    del held
-    return memory.empty((asked,), torch.uint8)
+def request_after(memory, *sizes):
+    """Allocate tensors of some bytes, free all of them, and return a tensor of the last size."""
+    *freed, requested = sizes
+    freed = [memory.empty((size,), torch.uint8) for size in freed]
+    del freed
+    return memory.empty((requested,), torch.uint8)
 
 
 @pytest.mark.parametrize(
-    ("held", "asked", "pinned"),
+    ("freed", "requested", "pinned"),
     [
         ([4000], 1000, [4000]),  # a quarter of a block
         ([4001], 1000, [1000, 4001]),
         ([4000, 2000, 3000], 1500, [2000, 3000, 4000]),
         ([1000], 1001, [1000, 1001]),
-        ([1000, 1900, 900], 5000, [1000, 1900, 5000, 900]),  # all together no more than twice the largest demand
+        ([1000, 1900, 900], 5000, [1000, 1900, 5000, 900]),  # together not above twice the largest demand
         ([2000, 2000], 3000, [2000, 2000, 3000]),
         ([2000, 2000], 4500, [2000, 2000, 4500]),
         ([3000, 1500, 1400], 5900, [1400, 1500, 3000, 5900]),
     ],
 )
-def test_which_block_serves_a_request(cuda, held, asked, pinned):
+def test_block_for_a_request(cuda, freed, requested, pinned):
     memory = PinnedMemory()
-    tensor = asked_after(memory, *held, asked)
+    tensor = request_after(memory, *freed, requested)
     assert sorted(cuda.pinned.values()) == sorted(pinned)
     assert memory.pinned_bytes == sum(pinned)
     assert tensor.data_ptr() in cuda.pinned
@@ -99,19 +99,19 @@ def test_which_block_serves_a_request(cuda, held, asked, pinned):
 
 def test_the_smallest_suitable_block_is_taken(cuda):
     memory = PinnedMemory()
-    tensor = asked_after(memory, 4000, 2000, 3000, 1500)
+    tensor = request_after(memory, 4000, 2000, 3000, 1500)
     assert cuda.pinned[tensor.data_ptr()] == 2000
 
 
-def test_a_new_block_takes_the_place_of_those_next_smaller(cuda):
+def test_new_block_replaces_the_next_smaller_ones(cuda):
     memory = PinnedMemory()
-    asked_after(memory, 1000, 1000, 2000)  # the largest demand is 2,000
+    request_after(memory, 1000, 1000, 2000)  # the largest demand is 2,000
     assert sorted(cuda.pinned.values()) == [1000, 1000, 2000]
-    asked_after(memory, 2100)
+    request_after(memory, 2100)
     assert sorted(cuda.pinned.values()) == [1000, 1000, 2100]
 
 
-def test_what_blocks_in_use_have_to_spare_is_bounded(cuda):
+def test_unused_part_of_blocks_in_use_is_bounded(cuda):
     memory = PinnedMemory()
     large = [memory.empty((1000,), torch.uint8) for _ in range(2)]  # the largest demand
     del large
@@ -119,15 +119,15 @@ def test_what_blocks_in_use_have_to_spare_is_bounded(cuda):
     assert sorted(cuda.pinned.values()) == [750, 750, 1000, 1000]
     del held
     held = [memory.empty((250,), torch.uint8) for _ in range(3)]
-    assert len(cuda.pinned) == 4  # 500, 500 and 750 to spare; with 750 more it would be more than 2,000
+    assert len(cuda.pinned) == 4  # 500, 500 and 750 are unused; 750 more would exceed 2,000
     held.append(memory.empty((250,), torch.uint8))
     assert sorted(cuda.pinned.values()) == [250, 750, 750, 1000, 1000]
 
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("shortest", [500, 2_000, 10_000], ids="from{}".format)
-def test_steps_of_drawn_lengths_pin_little_anew(cuda, shortest, seed):
-    """Six blocks a step, such as those of a layer-major plan: rows in proportion to the length, states to its root."""
+def test_steps_of_random_lengths_rarely_pin(cuda, shortest, seed):
+    """Each step has six blocks like a layer-major plan: rows grow with the length, and states with its square root."""
     memory, draw = PinnedMemory(), random.Random(seed)
     largest_demand = steps_that_pin = 0
     for _ in range(24):
@@ -147,7 +147,7 @@ def test_steps_of_drawn_lengths_pin_little_anew(cuda, shortest, seed):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_whatever_is_asked_for_twice_the_largest_demand_is_not_exceeded(cuda, seed):
+def test_pinned_bytes_stay_within_twice_the_largest_demand(cuda, seed):
     memory, draw = PinnedMemory(), random.Random(seed)
     held, demand, largest_demand = [], 0, 0
     for _ in range(500):
@@ -183,7 +183,7 @@ def test_threads_share_no_block(cuda):
     assert cuda.pinned == {} and memory.pinned_bytes == memory.demand == memory.used_bytes == 0
 
 
-def test_nothing_needs_no_block(cuda):
+def test_empty_tensor_needs_no_block(cuda):
     assert PinnedMemory().empty((0, 5), torch.float32).shape == (0, 5)
     assert cuda.pinned == {}
 
@@ -204,7 +204,7 @@ def test_memory_that_cannot_be_pinned(cuda, monkeypatch, initialized):
 def test_free_blocks_are_released_before_pinning_fails(cuda):
     cuda.limit = 100
     memory = PinnedMemory()
-    asked_after(memory, 10, 60)
+    request_after(memory, 10, 60)
     held = memory.empty((50,), torch.uint8)  # in the block of 60 bytes
     assert sorted(cuda.pinned.values()) == [10, 60]
     tensor = memory.empty((39,), torch.uint8)
@@ -212,7 +212,7 @@ def test_free_blocks_are_released_before_pinning_fails(cuda):
     assert {tensor.data_ptr(), held.data_ptr()} == set(cuda.pinned)
 
 
-def test_memory_that_the_system_does_not_have(cuda, monkeypatch):
+def test_memory_beyond_the_systems(cuda, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(12, "Cannot allocate memory")
 
@@ -221,7 +221,7 @@ def test_memory_that_the_system_does_not_have(cuda, monkeypatch):
         PinnedMemory().empty((90,), torch.uint8)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="the system does not tell of its mappings")
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="the system does not list its mappings")
 def test_blocks_are_private_in_huge_pages_and_not_for_forks(cuda):
     tensor = PinnedMemory().empty((5 * 2**20,), torch.uint8)
     with open("/proc/self/smaps") as file:

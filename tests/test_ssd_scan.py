@@ -1,4 +1,4 @@
-"""The scan against the recurrence that it stands for, token by token in float64, and against Transformers' own."""
+"""The scan against its recurrence, token by token in float64, and against Transformers' own."""
 
 import copy
 import inspect
@@ -20,18 +20,18 @@ from transformers_ma2mba import ssd_scan as module
 from transformers_ma2mba.ssd_scan import ssd_scan
 
 EXACT = dict(rtol=1e-10, atol=1e-10)  # float64 throughout, values around one
-ROUNDED = 2e-5  # of the greatest value of a tensor: two ways of rounding in float32, through two layers
+ROUNDED = 2e-5  # relative to a tensor's largest value: float32 rounds in two ways, through two layers
 
 
 def stock_scan():
-    """Transformers' own, also while a model holds the dispatchers."""
+    """Return Transformers' own scan, also while a model holds the dispatchers."""
     return inspect.unwrap(modeling_mamba2.mamba2_chunk_scan)
 
 
 def naive_scan(
     hidden_states, dt, A, B, C, D=None, dt_bias=None, initial_states=None, dt_softplus=True, dt_limit=(0, 1e9)
 ):
-    """Outputs and final state by the recurrence itself."""
+    """Compute outputs and final state by the recurrence itself."""
     batch_size, sequence_length, num_heads, head_dim = hidden_states.shape
     dt = dt if dt_bias is None else dt + dt_bias
     dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
@@ -51,7 +51,7 @@ def naive_scan(
 def random_inputs(
     length, batch_size=2, heads=4, head_dim=3, groups=1, state_size=5, dtype=torch.float64, optional=True, decay=1.0
 ):
-    """Inputs as the mixer gives them: slices of what a convolution over time returns."""
+    """Make inputs like the mixer's: slices of the output of a convolution over time."""
     generator = torch.Generator().manual_seed(length)
 
     def normal(*shape):
@@ -74,7 +74,7 @@ def random_inputs(
 
 
 def with_gradients(scan, inputs, use=("y", "state"), **options):
-    """Output, final state and the gradients of all inputs, for the same random gradient whichever scan it is."""
+    """Return output, final state and the gradients of all inputs, for the same output gradients with every scan."""
     if scan is not naive_scan:
         options |= dict(chunk_size=8, return_final_states=True, dt_softplus=options.get("dt_softplus", True))
     y, state = scan(**inputs, **options)
@@ -84,7 +84,7 @@ def with_gradients(scan, inputs, use=("y", "state"), **options):
     loss = sum((tensor * weight.to(tensor.dtype)).sum() for tensor, weight in chosen)
     wanted = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
     gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
-    # What only the output needs has no gradient, or zeros, if only the state is used.
+    # If the loss uses only the state, inputs of the output alone have no gradient, or zeros.
     gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted.values(), gradients, strict=True)]
     return {"y": y.detach(), "state": state.detach(), **dict(zip(wanted, gradients, strict=True))}
 
@@ -103,20 +103,20 @@ def small_tiles(monkeypatch):
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 16, 17, 53])
-def test_exact_whatever_the_length(small_tiles, length, groups):
+def test_exact_at_any_length(small_tiles, length, groups):
     inputs = random_inputs(length, groups=groups)
     assert_same(with_gradients(ssd_scan, inputs), with_gradients(naive_scan, inputs), **EXACT)
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 131, 1100])
-def test_exact_with_tiles_as_they_are(length):
+def test_exact_with_default_tiles(length):
     inputs = random_inputs(length, batch_size=1, heads=2)
     assert_same(with_gradients(ssd_scan, inputs), with_gradients(naive_scan, inputs), **EXACT)
 
 
 @pytest.mark.parametrize("use", ["y", "state"])
 @pytest.mark.parametrize("length", [5, 8, 21, 40])
-def test_exact_without_what_is_optional(small_tiles, length, use):
+def test_exact_without_optional_inputs(small_tiles, length, use):
     inputs = random_inputs(length, optional=False)
     assert_same(with_gradients(ssd_scan, inputs, [use]), with_gradients(naive_scan, inputs, [use]), **EXACT)
 
@@ -148,12 +148,21 @@ def test_growing_states(small_tiles):
     state_size=st.integers(1, 4),
     tile=st.integers(1, 12),
     tiles_per_span=st.integers(1, 3),
-    numbers_per_span=st.sampled_from([1, 1000, 10**6]),
+    elements_per_span=st.sampled_from([1, 1000, 10**6]),
     optional=st.booleans(),
 )
 @settings(max_examples=25, deadline=None)
 def test_exact_for_any_shape(
-    length, batch_size, groups, heads_per_group, head_dim, state_size, tile, tiles_per_span, numbers_per_span, optional
+    length,
+    batch_size,
+    groups,
+    heads_per_group,
+    head_dim,
+    state_size,
+    tile,
+    tiles_per_span,
+    elements_per_span,
+    optional,
 ):
     inputs = random_inputs(
         length, batch_size, groups * heads_per_group, head_dim, groups, state_size, optional=optional
@@ -161,7 +170,7 @@ def test_exact_for_any_shape(
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(module, "TILE", {"cpu": tile})
         monkeypatch.setattr(module, "TILES_PER_SPAN", tiles_per_span)
-        monkeypatch.setattr(module, "ELEMENTS_PER_SPAN", {"cpu": numbers_per_span})
+        monkeypatch.setattr(module, "ELEMENTS_PER_SPAN", {"cpu": elements_per_span})
         found = with_gradients(ssd_scan, inputs)
     assert_same(found, with_gradients(naive_scan, inputs), **EXACT)
 
@@ -189,7 +198,7 @@ def test_gradient_of_one_input_alone(small_tiles, name):
 
 
 def errors(found, expected):
-    """Greatest error of each tensor, relative to its greatest value."""
+    """Return the largest error of each tensor, relative to its largest value."""
     return {name: ((found[name] - expected[name]).abs().max() / expected[name].abs().max()).item() for name in found}
 
 
@@ -204,11 +213,11 @@ def test_float32_is_as_accurate_as_stock(groups, decay):
     assert_same(found, stock, rtol=1e-3, atol=1e-3)
     ours, theirs = errors(found, truth), errors(stock, truth)
     for name in truth:
-        # Rounding falls in many ways: one unit in the last place is granted.
+        # One unit in the last place is allowed, because rounding differs.
         assert ours[name] <= 4 * theirs[name] + 1.2e-7, f"{name}: {ours[name]:.1e}, stock {theirs[name]:.1e}"
 
 
-def test_strong_decay_makes_no_subnormal_numbers():
+def test_strong_decay_gives_no_subnormal_numbers():
     exponents = torch.linspace(-150, 0, 3001)
     decays = module._decay(exponents.clone())
     kept = decays > 0
@@ -228,15 +237,15 @@ def test_half_precision_is_computed_in_float32(small_tiles, dtype):
         assert found[name].dtype == tensor.dtype
 
 
-def test_autocast_makes_no_difference(small_tiles):
+def test_autocast_has_no_effect(small_tiles):
     inputs = random_inputs(21, dtype=torch.float32)
     expected = with_gradients(ssd_scan, inputs)
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(with_gradients(ssd_scan, inputs), expected, rtol=0, atol=0)
 
 
-def test_a_state_that_is_overwritten_before_the_backward(small_tiles):
-    """As caches do. With sizes of one, the layout that the scan works in would need no copy."""
+def test_state_overwritten_before_the_backward(small_tiles):
+    """Caches overwrite states. With sizes of one, the scan's own layout would need no copy."""
     inputs = random_inputs(21, batch_size=1, heads=1, head_dim=1, state_size=1)
     inputs["initial_states"].requires_grad_(False)
     (expected,) = torch.autograd.grad(ssd_scan(**inputs, chunk_size=8).sum(), inputs["A"])
@@ -246,7 +255,7 @@ def test_a_state_that_is_overwritten_before_the_backward(small_tiles):
     assert_close(found, expected, rtol=0, atol=0)
 
 
-# As torch.compile sees it: an operator, and another for its backward.
+# In a graph of torch.compile: an operator, and another for its backward.
 
 
 @pytest.fixture
@@ -257,7 +266,7 @@ def as_in_a_graph(monkeypatch):
 @pytest.mark.parametrize("use", [["y"], ["state"], ["y", "state"]], ids=" and ".join)
 @pytest.mark.parametrize("optional", [False, True], ids=["required inputs", "all inputs"])
 @pytest.mark.parametrize("length", [7, 53])
-def test_operator_is_the_function(small_tiles, as_in_a_graph, length, optional, use, monkeypatch):
+def test_operator_equals_the_function(small_tiles, as_in_a_graph, length, optional, use, monkeypatch):
     monkeypatch.setattr(module, "ELEMENTS_PER_SPAN", {"cpu": 16 * 4 * 8})  # one row at a time
     inputs = random_inputs(length, groups=2, optional=optional)
     found = with_gradients(ssd_scan, inputs, use)
@@ -271,9 +280,8 @@ def test_operator_is_the_function(small_tiles, as_in_a_graph, length, optional, 
 
 @pytest.mark.parametrize("optional", [False, True], ids=["required inputs", "all inputs"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_operators_are_what_they_say(small_tiles, as_in_a_graph, monkeypatch, dtype, optional):
-    """Shapes, strides and types as their fakes give them, no aliases, gradients registered: PyTorch's own checks, on
-    the arguments that the scan and autograd call them with."""
+def test_operators_pass_pytorchs_checks(small_tiles, as_in_a_graph, monkeypatch, dtype, optional):
+    """PyTorch checks shapes, strides, types, aliases and gradients, on the arguments of the scan and of autograd."""
     calls = {}
 
     def recorded(operator):
@@ -324,7 +332,7 @@ def test_gradients_of_gradients_are_refused():
         gradient.sum().backward()
 
 
-def test_what_is_kept_for_backward(small_tiles):
+def test_tensors_kept_for_backward(small_tiles):
     """The inputs, the step sizes, and a state every 16 tokens: nothing as large as pairs of tokens."""
     length, heads, head_dim, state_size = 512, 4, 3, 2
     inputs = random_inputs(length, 1, heads, head_dim, 1, state_size)
@@ -339,13 +347,13 @@ def test_what_is_kept_for_backward(small_tiles):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         ssd_scan(**inputs, chunk_size=8, dt_softplus=True)
     states = (length // 16) * heads * head_dim * state_size
-    steps = 5 * length * heads  # with the bias, after softplus, after the limit, and what says where that held
+    steps = 5 * length * heads  # with the bias, after softplus, after the limit, and the limit's masks
     assert states < sum(kept.values()) <= states + steps
     assert max(kept.values()) < length * heads * 8
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the largest tensor that any operation returns."""
+    """Record the size of the largest tensor that any operation returns."""
 
     numel = 0
 
@@ -357,7 +365,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_nothing_as_large_as_pairs_of_tokens_is_made(small_tiles, monkeypatch, batch_size):
+def test_no_tensor_is_as_large_as_pairs_of_tokens(small_tiles, monkeypatch, batch_size):
     monkeypatch.setattr(module, "ELEMENTS_PER_SPAN", {"cpu": 16 * 4 * 8})
     inputs = random_inputs(512, batch_size, heads=4, head_dim=2, state_size=2)
     with LargestTensor() as largest:
@@ -366,7 +374,7 @@ def test_nothing_as_large_as_pairs_of_tokens_is_made(small_tiles, monkeypatch, b
     assert 0 < largest.numel <= widest < 512 * 8 * 4 * batch_size / 2
 
 
-def test_refuses_what_it_does_not_know():
+def test_refuses_unsupported_arguments():
     inputs = random_inputs(5)
     with pytest.raises(ValueError, match="no gate"):
         ssd_scan(**inputs, chunk_size=8, z=inputs["hidden_states"])
@@ -380,7 +388,7 @@ def test_refuses_what_it_does_not_know():
 
 
 @pytest.mark.parametrize("name", ["dt", "A", "B", "C", "D", "dt_bias", "initial_states"])
-def test_names_the_tensor_that_does_not_fit(name):
+def test_error_names_the_tensor_of_the_wrong_shape(name):
     inputs = random_inputs(5)
     inputs[name] = torch.zeros([size + 1 for size in inputs[name].shape])
     with pytest.raises(ValueError, match="must have shape" if name != "B" else "must have shape|heads cannot"):
@@ -398,7 +406,7 @@ def text_model(**options):
 
 
 def run_model(model, input_ids, cache_params=None, **options):
-    """Hidden states, gradients of all parameters, and the states in the cache."""
+    """Return hidden states, gradients of all parameters, and the states in the cache."""
     model.zero_grad()
     outputs = model(input_ids, cache_params=copy.deepcopy(cache_params), **options)
     hidden_states = outputs.last_hidden_state
@@ -412,7 +420,7 @@ def run_model(model, input_ids, cache_params=None, **options):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-def test_without_the_keyword_nothing_changes(monkeypatch, training):
+def test_model_without_the_keyword_is_unchanged(monkeypatch, training):
     model = text_model().train(training)
     input_ids = torch.arange(2 * 21).view(2, 21) % VOCABULARY
     with monkeypatch.context() as patched:
@@ -432,7 +440,7 @@ def assert_rounded(found, expected):
 
 @pytest.fixture
 def called(monkeypatch):
-    """The lengths that went through `ssd_scan`."""
+    """The sequence lengths of all calls of `ssd_scan`."""
     lengths = []
 
     def counted(hidden_states, *args, **kwargs):
@@ -462,7 +470,7 @@ def test_model_with_the_keyword_equals_stock(called, length, chunk_size, groups,
 
 @pytest.mark.parametrize("groups", [1, 2], ids="{} groups".format)
 @pytest.mark.parametrize("length", [2, 21])
-def test_model_continues_from_a_cache_as_stock_does(called, length, groups):
+def test_model_with_a_cache_equals_stock(called, length, groups):
     model = text_model(n_groups=groups)
     kernel_choice.hold(model)
     input_ids = torch.arange(2 * (13 + length)).view(2, -1) % VOCABULARY
@@ -475,5 +483,5 @@ def test_model_continues_from_a_cache_as_stock_does(called, length, groups):
     assert_rounded(found, expected)
 
 
-def test_it_takes_what_transformers_scan_takes():
+def test_signature_is_that_of_transformers_scan():
     assert list(inspect.signature(ssd_scan).parameters) == list(inspect.signature(stock_scan()).parameters)

@@ -1,5 +1,6 @@
-"""Stands in for the extension that causal-conv1d compiles for CUDA: the same convolution and its gradients in plain
-PyTorch. As they are called below autograd, both are written out.
+"""Stands in for causal-conv1d's compiled extension: the same convolution in plain PyTorch.
+
+Its gradients are written out, because the extension is called below autograd.
 
 Shapes: x, dout, dx `(batch_size, channels, length)`, weight `(channels, width)`, bias `(channels,)`.
 """
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 
 def _shifted(x, steps):
-    """Later by some steps: zeros come first."""
+    """Shift to later steps, with zeros at the start."""
     return F.pad(x, (steps, 0))[..., : x.shape[-1]]
 
 

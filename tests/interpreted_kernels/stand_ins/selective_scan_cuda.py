@@ -1,1 +1,1 @@
-"""Stands in for the extension that mamba-ssm compiles for Mamba-1: imported with the package, and not called here."""
+"""Stands in for mamba-ssm's compiled extension for Mamba-1, which the package imports and these tests never call."""
