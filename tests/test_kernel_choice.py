@@ -115,7 +115,7 @@ def test_kernels_of_a_missing_or_partial_installation(modules_of_mamba_ssm):
     old = modules_of_mamba_ssm(ssd_combined={"mamba_chunk_scan_combined": "scan"})
     assert old.chunk_scan is None and "mamba-ssm cannot be imported (AttributeError" in old.missing
     alone = modules_of_mamba_ssm(ssd_combined=SSD_COMBINED | {"causal_conv1d_fwd_function": None})
-    assert alone[:3] == ("scan", None, None) and "causal-conv1d cannot be imported" in alone.missing
+    assert alone[:3] == ("scan", None, None) and "causal-conv1d" in alone.missing
 
 
 # The dispatchers' choice

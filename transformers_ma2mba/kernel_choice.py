@@ -47,7 +47,7 @@ class Kernels(NamedTuple):
 
 @functools.cache
 def mamba_ssm_kernels() -> Kernels:
-    """Import mamba-ssm's kernels: at the first call, because that takes seconds."""
+    """Import mamba-ssm's kernels, at the first call only, because the import takes seconds."""
     try:
         from mamba_ssm.ops.triton import ssd_combined
 
@@ -56,8 +56,7 @@ def mamba_ssm_kernels() -> Kernels:
     except Exception as error:  # a broken installation fails in many ways
         return Kernels(missing=f"mamba-ssm cannot be imported ({type(error).__name__}: {error})")
     if getattr(ssd_combined, "causal_conv1d_fwd_function", None) is None:
-        missing = "causal-conv1d cannot be imported, or this mamba-ssm does not support its release"
-        return Kernels(chunk_scan, missing=missing)
+        return Kernels(chunk_scan, missing="causal-conv1d, or a release that this mamba-ssm supports, is missing")
     try:
         from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
     except Exception:

@@ -284,12 +284,12 @@ def _forward(hidden_states, dt, A, B, C, D, state, return_final_states, num_star
     starts_SBGNKP = _each_start(starts, hidden_states, B)
     with _no_autocast(dt.device):
         for spans in _spans(hidden_states):
-            state_BGNKP = None if state is None else state[spans[0][0]]
+            rows = spans[0][0]
+            state_BGNKP = None if state is None else state[rows]
             if num_starts == len(spans):
                 # A copy, because caches update their states in place, and the backward needs this one.
-                starts_SBGNKP[0, spans[0][0]] = 0 if state is None else state_BGNKP
+                starts_SBGNKP[0, rows] = 0 if state is None else state_BGNKP
             for index, where in enumerate(spans):
-                rows, _, tiles = where
                 last = index + 1 == len(spans)
                 span = _Span(where, hidden_states, dt, A, B, C)
 
@@ -303,7 +303,7 @@ def _forward(hidden_states, dt, A, B, C, D, state, return_final_states, num_star
 
                 # 2. w_j = exp(s_Q - s_j) dt_j x_j
                 # 3. h' = exp(s_Q) h + Σ_j B_j w_jᵀ
-                reads = tiles > 1 or state_BGNKP is not None
+                reads = where[2] > 1 or state_BGNKP is not None
                 writes = return_final_states or not last
                 if reads or writes:
                     end_BGNKP = None
@@ -354,21 +354,21 @@ def _backward(hidden_states, dt, A, B, C, D, starts, has_state, dy, dfinal):
 
 
 def _backward_of_span(where, inputs, D, start_BGNKP, dy, dend_BGNKP, gradients):
-    """Write one span's gradients into `gradients`: of x, dt as a factor of u, a, B, C and, summed, D.
+    """Write the gradients of one span into `gradients`.
 
-    The numbers and symbols are those of the module's docstring; dz is the gradient of the loss with respect to z.
+    Symbols and steps 1 to 4 are those of the module's docstring, and dz is the gradient of the loss with respect to z.
     Gradients of B and C are also sums over the heads of a group.
 
     Args:
         where: an item of `_spans`.
-        inputs: `hidden_states`, `dt`, `A`, `B` and `C`, as in `_forward`.
+        inputs: x, dt, A, B and C of all spans.
         start_BGNKP: the state before the span; None for zeros.
-        dy: the gradient of all outputs, `(B, T, H, P)`.
+        dy: `(B, T, H, P)`, of all spans.
         dend_BGNKP: the gradient of the state after the span; None for zeros.
-        gradients: those of `inputs`, with a in place of A, and of D.
+        gradients: of x, dt as a factor of u, a, B and C, in all spans, and of D, the sum over the spans so far.
 
     Returns:
-        The gradient of the state before the span, or None if the span neither reads a state nor passes one on.
+        The gradient of the state before the span; None if that state is zero and the span has a single tile.
     """
     num_groups = inputs[3].shape[2]
     span = _Span(where, *inputs)
@@ -390,7 +390,7 @@ def _backward_of_span(where, inputs, D, start_BGNKP, dy, dend_BGNKP, gradients):
     da_BCGKQ = _crossing_sums(M_BCGKQQ.mul_(products_BCG1QQ))
     del decays_BCGKQQ, M_BCGKQQ
 
-    # A span of one tile may neither read a state nor write to one that matters.
+    # A span of one tile may start without a state and end in one that nothing reads.
     dstart_BGNKP, reads = None, where[2] > 1 or start_BGNKP is not None
     if reads or dend_BGNKP is not None:
         w_BCGQKP = span.written()
