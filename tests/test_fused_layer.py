@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from double_precision import compute_in_double
+from comparison import assert_same
 from kept_memory import kept_beside
 from peft import LoraConfig, inject_adapter_in_model
 from tiny import tiny_text_config
@@ -27,6 +27,7 @@ from transformers_ma2mba.recurrent_state import LayerState, carried_cache, read_
 WIDTH = 32
 CHUNK = 8
 EXACT = 1e-10  # relative, in float64
+pytestmark = pytest.mark.usefixtures("in_double")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -76,11 +77,6 @@ def split_conv1d_scan(
     else:
         assert outproj_bias is None
     return (y, state) if return_final_states else y
-
-
-@pytest.fixture(autouse=True)
-def double(monkeypatch):
-    compute_in_double(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -154,17 +150,6 @@ def run(layer, call, inputs, lengths=None, state=None, attention_mask=None, with
     results = {name: tensor.detach() for name, tensor in outputs.items()}
     results |= {f"initial {name}": None if t is None else t.grad for name, t in state._asdict().items()}
     return results | {"inputs": inputs.grad} | {name: parameter.grad for name, parameter in layer.named_parameters()}
-
-
-def assert_same(actual: dict, expected: dict, tolerance=EXACT):
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        if tensor is None:
-            assert actual[name] is None, name
-            continue
-        assert actual[name].dtype == tensor.dtype and actual[name].shape == tensor.shape, name
-        difference = (actual[name] - tensor).norm()
-        assert difference <= tolerance * tensor.norm(), (name, (difference / tensor.norm()).item())
 
 
 LENGTHS = [1, 2, 3, 4, 5, CHUNK - 1, CHUNK, CHUNK + 1, 29]

@@ -3,11 +3,12 @@
 import copy
 import warnings
 from dataclasses import replace
+from functools import partial
 
+import comparison
 import pytest
 import torch
 from datasets_in_memory import RowsDataset
-from double_precision import compute_in_double
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from tiny import random_pixels, tiny_config, tiny_model, tiny_text_config
 from torch.testing import assert_close
@@ -34,6 +35,8 @@ from transformers_ma2mba.multi_axis_checkpointing import (
 )
 
 SMALL_CELLS = {"layer_interval": 2, "sequence_interval": 8}
+# Some gradients are zero except for rounding, such as that of the bias of an attention's keys.
+assert_same = partial(comparison.assert_same, smallest_norm=1e-4)
 
 
 @pytest.fixture
@@ -75,16 +78,8 @@ def gradients(model, batch) -> dict:
     return {"loss": outputs.loss.detach()} | found
 
 
-def assert_same(actual, expected, tolerance=1e-10):
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        # Some gradients are zero except for rounding, such as that of the bias of an attention's keys.
-        assert (actual[name] - tensor).norm() <= tolerance * tensor.norm().clamp(min=1e-4), name
-
-
 @pytest.mark.parametrize("order", ["layer-major", "sequence-major"])
-def test_video_and_text_gradients_equal_the_plain_run(qa_model, order, monkeypatch):
-    compute_in_double(monkeypatch)
+def test_video_and_text_gradients_equal_the_plain_run(qa_model, order, in_double):
     qa_model.double()
     batch = video_batch(qa_model)
     expected = gradients(qa_model, batch)
@@ -216,8 +211,7 @@ def test_a_budget_that_no_plan_fits_is_refused(qa_model):
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_gradients_of_a_stock_causal_lm_equal_the_plain_run(offload, monkeypatch):
-    compute_in_double(monkeypatch)
+def test_gradients_of_a_stock_causal_lm_equal_the_plain_run(offload, in_double):
     torch.manual_seed(0)
     plain = Mamba2ForCausalLM(tiny_text_config(num_hidden_layers=3)).double().train()
     model = enable_multi_axis_checkpointing(copy.deepcopy(plain), 2, 4, offload=offload)
@@ -304,9 +298,8 @@ def trained(model, output_dir, rows, max_steps=50, **options) -> dict:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def test_fifty_trainer_steps_give_the_plain_run_s_weights(qa_model, tmp_path, monkeypatch):
+def test_fifty_trainer_steps_give_the_plain_run_s_weights(qa_model, tmp_path, in_double):
     """The run is in float64, because fifty steps of Adam in float32 would amplify the rounding differences."""
-    compute_in_double(monkeypatch)
     qa_model.double()
     rows = RowsDataset([video_batch(qa_model, frames=(count,)) for count in (3, 3, 3, 3)])
     checked = copy.deepcopy(qa_model)
@@ -341,8 +334,7 @@ def lora(model):
     return get_peft_model(model, config)
 
 
-def test_a_peft_model_is_checkpointed(qa_model, monkeypatch):
-    compute_in_double(monkeypatch)
+def test_a_peft_model_is_checkpointed(qa_model, in_double):
     model = lora(qa_model.double())
     batch = video_batch(qa_model)
     expected = gradients(model, batch)
@@ -352,8 +344,7 @@ def test_a_peft_model_is_checkpointed(qa_model, monkeypatch):
     assert_same(gradients(model, batch), expected)
 
 
-def test_an_adapter_joins_a_checkpointed_model(qa_model, monkeypatch):
-    compute_in_double(monkeypatch)
+def test_an_adapter_joins_a_checkpointed_model(qa_model, in_double):
     qa_model.double()
     batch = video_batch(qa_model)
     expected = gradients(lora(copy.deepcopy(qa_model)), batch)

@@ -6,12 +6,11 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
+from comparison import LargestTensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import VOCABULARY, tiny_text_config
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import Mamba2Model
 from transformers.models.mamba2 import modeling_mamba2
 
@@ -350,18 +349,6 @@ def test_tensors_kept_for_backward(small_tiles):
     steps = 5 * length * heads  # with the bias, after softplus, after the limit, and the limit's masks
     assert states < sum(kept.values()) <= states + steps
     assert max(kept.values()) < length * heads * 8
-
-
-class LargestTensor(TorchDispatchMode):
-    """Record the size of the largest tensor that any operation returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.numel = max([self.numel, *(tensor.untyped_storage().nbytes() // 8 for tensor in tensors)])
-        return result
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

@@ -10,7 +10,6 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from double_precision import compute_in_double
 from PIL import Image
 from prompts import make_prompt
 from tiny import approximately, random_frames, tiny_config, tiny_model, tiny_processor
@@ -59,8 +58,7 @@ def close_states(actual, expected, **tolerances):
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_pieces_of_any_size_equal_one_forward_pass(processor, monkeypatch, kind):
-    compute_in_double(monkeypatch)
+def test_pieces_of_any_size_equal_one_forward_pass(processor, in_double, kind):
     config = tiny_config(kind)
     model = tiny_model(config, dtype=torch.float64)
     prompt = make_prompt(processor, FRAMES, "Why?")
@@ -78,9 +76,8 @@ def test_pieces_of_any_size_equal_one_forward_pass(processor, monkeypatch, kind)
         assert watched.num_tokens == beginning
 
 
-def test_frames_of_one_token(monkeypatch):
-    """The stock layer would take a piece of one token for a step of decoding."""
-    compute_in_double(monkeypatch)
+def test_frames_of_one_token(in_double):
+    """The stock layer would take a segment of one token for a step of decoding."""
     config = tiny_config(spatial_pool_stride=4)
     model, processor = tiny_model(config, dtype=torch.float64), tiny_processor(config)
     states = [VideoSession(model, processor, frames_per_piece=n).extend(FRAMES).state() for n in (1, 3, 100)]
