@@ -5,6 +5,7 @@ from .answering import VideoChat
 from .checkpoint_plan import CheckpointPlan, plan_checkpoints
 from .configuration_ma2mba import Ma2mbaConfig
 from .data_collator import DataCollatorForVideoQA, conversation_to_messages
+from .loss_in_pieces import causal_lm_loss
 from .modeling_ma2mba import Ma2mbaForVideoQA, Ma2mbaModel
 from .multi_axis_checkpointing import disable_multi_axis_checkpointing, enable_multi_axis_checkpointing
 from .pipeline_video_question_answering import VideoQuestionAnsweringPipeline
@@ -30,6 +31,7 @@ __all__ = [
     "VideoSession",
     "VideoStreamError",
     "__version__",
+    "causal_lm_loss",
     "conversation_to_messages",
     "disable_multi_axis_checkpointing",
     "enable_multi_axis_checkpointing",
