@@ -12,7 +12,7 @@ from video_files import write_index_video
 
 from transformers_ma2mba.command_line import main
 from transformers_ma2mba.configuration_ma2mba import Ma2mbaConfig
-from transformers_ma2mba.training_memory import training_memory
+from transformers_ma2mba.training_memory import estimate_training_memory
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def plan(capsys):
 def test_json_has_the_whole_result(plan):
     arguments = ("--preset", "0.7b", "--seconds", 100, "--fps", 2.5, "--text_tokens", 0, "--memory_budget", "24GiB")
     options = dict(seconds=100, fps=2.5, text_tokens=0, memory_budget="24GiB")
-    memory = training_memory(Ma2mbaConfig.from_preset("0.7b"), **options)
+    memory = estimate_training_memory(Ma2mbaConfig.from_preset("0.7b"), **options)
     report = json.loads(plan(*arguments, "--json"))
     for name, value in dataclasses.asdict(memory).items():
         if name == "plan":
@@ -45,7 +45,7 @@ def test_options_reach_the_result(plan, checkpoint):
     arguments = "--tokens 100 --dtype float32 --batch_size 2 --optimizer none --freeze_vision --offload --fused --json"
     report = json.loads(plan("--model", checkpoint, *arguments.split()))
     options = dict(dtype="float32", batch_size=2, optimizer="none", freeze_vision=True, offload=True, fused=True)
-    memory = training_memory(Ma2mbaConfig.from_pretrained(checkpoint), tokens=100, **options)
+    memory = estimate_training_memory(Ma2mbaConfig.from_pretrained(checkpoint), tokens=100, **options)
     assert report["device"] == memory.device and report["host"] == memory.host
     assert "longest_tokens" not in report and "bytes_with_offload" not in report
 

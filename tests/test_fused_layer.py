@@ -1,6 +1,6 @@
 """The fused layer against the stock layer in float64: outputs, states and gradients.
 
-A naive double replaces mamba-ssm's kernel; `tests/interpreted_kernels` tests the kernels themselves.
+A naive double replaces mamba-ssm's kernel; `interpreted_kernels` tests the kernels themselves.
 """
 
 import copy

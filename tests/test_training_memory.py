@@ -7,7 +7,7 @@ from transformers import Mamba2ForCausalLM
 from transformers_ma2mba.checkpoint_plan import MultiAxisOptions, plan_checkpoints, smallest_plan
 from transformers_ma2mba.configuration_ma2mba import Ma2mbaConfig
 from transformers_ma2mba.memory_model import TrainingStep
-from transformers_ma2mba.training_memory import training_memory
+from transformers_ma2mba.training_memory import estimate_training_memory
 
 GiB = 2**30
 
@@ -23,7 +23,7 @@ def large():
 
 
 def test_parts_of_the_published_model(large):
-    memory = training_memory(large, seconds=600)
+    memory = estimate_training_memory(large, seconds=600)
     device = memory.device
     assert memory.frames == 600
     assert memory.tokens == 600 * 144 + 256
@@ -42,7 +42,7 @@ def test_parts_of_the_published_model(large):
 
 
 def test_parameters_are_those_of_the_model(config, model):
-    memory = training_memory(config, tokens=100, dtype="float32")
+    memory = estimate_training_memory(config, tokens=100, dtype="float32")
     assert memory.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert memory.trained_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert memory.device["optimizer state"] == 8 * memory.trained_parameters
@@ -51,7 +51,7 @@ def test_parameters_are_those_of_the_model(config, model):
 
 def test_a_language_model_alone():
     config = tiny_text_config()
-    memory = training_memory(config, tokens=500, memory_budget="1GB")
+    memory = estimate_training_memory(config, tokens=500, memory_budget="1GB")
     assert memory.parameters == sum(parameter.numel() for parameter in Mamba2ForCausalLM(config).parameters())
     assert memory.plan.device_bytes == memory.device["activations of the language model (MA-GC)"]
     assert memory.fits
@@ -61,28 +61,28 @@ def test_a_language_model_alone():
 
 
 def test_options_change_their_parts(small):
-    plain = training_memory(small, seconds=100)
-    frozen = training_memory(small, seconds=100, freeze_vision=True, optimizer="none")
+    plain = estimate_training_memory(small, seconds=100)
+    frozen = estimate_training_memory(small, seconds=100, freeze_vision=True, optimizer="none")
     assert frozen.device["optimizer state"] == 0
     assert frozen.device["gradients"] < plain.device["gradients"]
     assert frozen.device["vision tower"] == plain.device["vision tower"] / 23
-    faster = training_memory(small, seconds=100, fps=2.5, text_tokens=0)
+    faster = estimate_training_memory(small, seconds=100, fps=2.5, text_tokens=0)
     assert (faster.frames, faster.tokens, faster.frame_rate) == (250, 250 * 144, 2.5)
-    twice = training_memory(small, seconds=100, batch_size=2)
+    twice = estimate_training_memory(small, seconds=100, batch_size=2)
     assert twice.host["pixels (uint8)"] == 2 * plain.host["pixels (uint8)"]
-    offloaded = training_memory(small, seconds=100, offload=True)
+    offloaded = estimate_training_memory(small, seconds=100, offload=True)
     assert offloaded.host["checkpoints"] > 0
     assert offloaded.device_total < plain.device_total
 
 
 def test_fused_kernels_take_less(large):
-    fused, plain = (training_memory(large, tokens=2**19, fused=fused).plan for fused in (True, False))
+    fused, plain = (estimate_training_memory(large, tokens=2**19, fused=fused).plan for fused in (True, False))
     assert fused.cell_bytes + fused.segment_bytes < plain.cell_bytes
 
 
 def test_the_longest_film_fits_and_a_longer_one_does_not(small):
     def within_24_gib(seconds, **options):
-        return training_memory(small, seconds=seconds, memory_budget="24GiB", **options)
+        return estimate_training_memory(small, seconds=seconds, memory_budget="24GiB", **options)
 
     longest = within_24_gib(36_000).longest_seconds
     assert 0 < longest < 36_000
@@ -96,7 +96,7 @@ def test_the_longest_film_fits_and_a_longer_one_does_not(small):
 
 
 def test_nothing_fits_a_budget_below_the_weights(large):
-    memory = training_memory(large, seconds=60, memory_budget="8GiB")
+    memory = estimate_training_memory(large, seconds=60, memory_budget="8GiB")
     assert memory.fits is False
     assert memory.longest_tokens == memory.longest_seconds == 0
     assert memory.plan == smallest_plan(large, TrainingStep(memory.tokens), MultiAxisOptions())
@@ -104,7 +104,10 @@ def test_nothing_fits_a_budget_below_the_weights(large):
 
 def test_offloading_is_suggested_by_what_it_takes(large):
     budget = dict(seconds=7200, memory_budget="45GiB")
-    without, offloaded = training_memory(large, **budget), training_memory(large, offload=True, **budget)
+    without, offloaded = (
+        estimate_training_memory(large, **budget),
+        estimate_training_memory(large, offload=True, **budget),
+    )
     assert not without.fits and offloaded.bytes_with_offload is None
     assert offloaded.fits == (without.bytes_with_offload <= 45 * GiB)
 
@@ -123,9 +126,9 @@ def test_offloading_is_suggested_by_what_it_takes(large):
 )
 def test_arguments_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
-        training_memory(tiny_config(), **arguments)
+        estimate_training_memory(tiny_config(), **arguments)
 
 
 def test_seconds_need_a_vision_tower():
     with pytest.raises(ValueError, match="This model has no vision tower: give the length in tokens"):
-        training_memory(tiny_text_config(), seconds=4)
+        estimate_training_memory(tiny_text_config(), seconds=4)

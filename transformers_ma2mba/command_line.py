@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, pipeline
 
 from .configuration_ma2mba import PRESETS, Ma2mbaConfig
 from .memory_size import format_memory_size
-from .training_memory import OPTIMIZERS, TrainingMemory, training_memory
+from .training_memory import OPTIMIZERS, TrainingMemory, estimate_training_memory
 from .video_session import VideoStreamError
 
 
@@ -70,8 +70,8 @@ def _add_plan(commands):
     def run(options) -> int:
         try:
             # The options have the names of the function's arguments.
-            arguments = {name: getattr(options, name) for name in training_memory.__kwdefaults__}
-            memory = training_memory(_plan_config(options), **arguments)
+            arguments = {name: getattr(options, name) for name in estimate_training_memory.__kwdefaults__}
+            memory = estimate_training_memory(_plan_config(options), **arguments)
         except ValueError as error:
             parser.error(str(error))
         print(json.dumps(_plan_report(options, memory), indent=2) if options.json else _plan_table(options, memory))

@@ -56,7 +56,7 @@ class TrainingMemory:
     bytes_with_offload: int | None = None
 
 
-def training_memory(
+def estimate_training_memory(
     config: PreTrainedConfig,
     *,
     seconds: float | None = None,
@@ -71,7 +71,7 @@ def training_memory(
     fused: bool = False,
     memory_budget: int | str | None = None,
 ) -> TrainingMemory:
-    """Compute the memory of one training step with multi-axis gradient checkpointing.
+    """Estimate the memory of one training step with multi-axis gradient checkpointing.
 
     Weights, gradients and optimizer state are whole on the device, and gradients have the type of the weights. The
     vision tower's backward begins when the language model's has ended, so that only the larger of the two counts.
