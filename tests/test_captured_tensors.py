@@ -465,6 +465,21 @@ def test_threads_get_the_gradients_of_a_single_run(order):
         assert_same(found, expected)
 
 
+def test_gradient_accumulators_outlive_the_graphs_that_need_them():
+    """PyTorch deadlocks if a thread makes one while another thread passes the leaf to a Function."""
+    weight, outside = nn.Linear(3, 3).weight, nn.Parameter(torch.ones(3))
+
+    def accumulator(leaf):
+        return leaf.view_as(leaf).grad_fn.next_functions[0][0]
+
+    captured = CapturedTensors({"layer": nn.ParameterList([weight])})
+    with torch.no_grad():
+        captured.add(outside, "a tensor of a hook")
+    for leaf in (weight, outside):
+        accumulator(leaf).metadata["made before"] = True
+        assert accumulator(leaf).metadata == {"made before": True}  # a new one would have none
+
+
 def test_only_one_thread_may_disable_parameter_hooks():
     weight = nn.Parameter(torch.ones(3))
     weight.register_hook(lambda gradient: 2 * gradient)

@@ -45,6 +45,7 @@ class CapturedTensors:
         self.adapters = []  # (path, module, values)
         self.names = {}
         self.trainable = []
+        self.accumulators = []  # nodes of autograd's graph that hold the leaves' gradient accumulators, see `add`
         self.versions = {}
         self.constants = []  # weak references to tensors that came in through hooks, and their versions
         for prefix, root in modules.items():
@@ -72,6 +73,13 @@ class CapturedTensors:
         self.names[tensor] = name
         if tensor.requires_grad:
             self.trainable.append(tensor)
+            if tensor.is_leaf:
+                # PyTorch makes a leaf's gradient accumulator when a graph needs it, and drops it with the last graph.
+                # If one thread makes it while another passes the leaf to a Function, PyTorch 2.15 deadlocks: the first
+                # thread needs Python's lock, which the second one holds. So it is made here, by an operation that
+                # releases that lock, and kept.
+                with torch.enable_grad():
+                    self.accumulators.append(tensor.view_as(tensor).grad_fn)
         if not tensor.is_inference():  # inference tensors have no version
             self.versions[tensor] = tensor._version
 
