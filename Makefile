@@ -35,8 +35,8 @@ $(VENV)/kernels/.installed: $(VENV)/.installed
 
 test-kernels: $(VENV)/kernels/.installed
 	TRITON_INTERPRET=1 MAMBA_DETERMINISTIC=1 OMP_NUM_THREADS=1 \
-		PYTHONPATH=$(CURDIR)/tests/interpreted_kernels/stand_ins:$(abspath $(VENV))/kernels \
-		$(BIN)/python -m pytest tests/interpreted_kernels
+		PYTHONPATH=$(CURDIR)/tests/gradient_checkpointing/interpreted_kernels/stand_ins:$(abspath $(VENV))/kernels \
+		$(BIN)/python -m pytest tests/gradient_checkpointing/interpreted_kernels
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .

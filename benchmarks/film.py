@@ -90,7 +90,7 @@ def measure_train(job: dict) -> Iterator[dict]:
 
 def measure_watch(job: dict) -> Iterator[dict]:
     """Yield a row at each mark of the film, and a last one when the time is up."""
-    from transformers_ma2mba.recurrent_state import copy_cache
+    from transformers_ma2mba.mamba2.recurrent_state import copy_cache
 
     model = load_model(job)
     frames = random_frames(model, DIFFERENT_FRAMES if job["preset"] else 12)

@@ -151,8 +151,8 @@ for module in (torch, triton, transformers, mamba_ssm, causal_conv1d): print(mod
 }
 
 check() {
-    run "$PYTHON" -m pytest -q -p no:cacheprovider tests/interpreted_kernels
-    run "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_offload.py -k gpu
+    run "$PYTHON" -m pytest -q -p no:cacheprovider tests/gradient_checkpointing/interpreted_kernels
+    run "$PYTHON" -m pytest -q -p no:cacheprovider tests/gradient_checkpointing/test_offload.py -k gpu
 }
 
 # Runs a script of benchmarks/, which keeps the rows of an earlier call.

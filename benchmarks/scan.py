@@ -22,7 +22,7 @@ from common.recording import describe_run, new_parser, parse, publish, require_r
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.utils import logging
 
-from transformers_ma2mba import ssd_scan as module
+from transformers_ma2mba.mamba2 import ssd_scan as module
 
 # batch size, tokens, heads, channels of a head, state size, groups, chunk
 SIZES = {

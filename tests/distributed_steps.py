@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from transformers_ma2mba import loss_in_pieces
+from transformers_ma2mba.gradient_checkpointing import loss_in_pieces
 
 LAYER_INTERVAL = {"layer-major": 2, "sequence-major": 1}
 FRAMES = [(5, 2), (0, 4), (3, 7)]  # in the two samples of each step

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from transformers_ma2mba.shape import Mamba2Shape
+from transformers_ma2mba.mamba2.shape import Mamba2Shape
 
 
 class PaperConstants(NamedTuple):

@@ -12,7 +12,7 @@ from video_files import write_index_video
 
 from transformers_ma2mba.command_line import main
 from transformers_ma2mba.configuration_ma2mba import Ma2mbaConfig
-from transformers_ma2mba.training_memory import estimate_training_memory
+from transformers_ma2mba.gradient_checkpointing.training_memory import estimate_training_memory
 
 
 @pytest.fixture

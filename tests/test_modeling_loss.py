@@ -9,7 +9,7 @@ from tiny import VOCABULARY, random_pixels, tiny_config, tiny_model
 from torch.testing import assert_close
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from transformers_ma2mba import loss_in_pieces
+from transformers_ma2mba.gradient_checkpointing import loss_in_pieces
 
 # The logits, norms and scans of the language model are float32.
 ROUNDED = dict(rtol=2e-6, atol=1e-7)

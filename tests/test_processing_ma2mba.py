@@ -12,7 +12,7 @@ from tiny import VOCABULARY, random_frames, random_pixels, tiny_config, tiny_tok
 from transformers import AutoProcessor
 
 from transformers_ma2mba import Ma2mbaProcessor, Ma2mbaVideoProcessor
-from transformers_ma2mba.frames import FittedFrames
+from transformers_ma2mba.video.frames import FittedFrames
 
 IMAGE, VIDEO = "<image>", "<video>"
 

@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import resize
 from video_files import read_index, write_index_video
 
 from transformers_ma2mba import Ma2mbaVideoProcessor, read_video
-from transformers_ma2mba.frames import FittedFrames
+from transformers_ma2mba.video.frames import FittedFrames
 
 SIZE = {"height": 32, "width": 32}
 

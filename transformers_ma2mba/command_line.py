@@ -11,9 +11,8 @@ import warnings
 from transformers import AutoConfig, PreTrainedConfig, pipeline
 
 from .configuration_ma2mba import PRESETS, Ma2mbaConfig
-from .memory_size import format_memory_size
-from .training_memory import OPTIMIZERS, TrainingMemory, estimate_training_memory
-from .video_session import VideoStreamError
+from .gradient_checkpointing import OPTIMIZERS, TrainingMemory, estimate_training_memory, format_memory_size
+from .session import VideoStreamError
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .frames import FittedFrames
 from .processing_ma2mba import Ma2mbaProcessor
+from .video import FittedFrames
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 

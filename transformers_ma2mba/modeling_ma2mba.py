@@ -21,19 +21,21 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Output
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from .captured_tensors import CapturedTensors
 from .configuration_ma2mba import Ma2mbaConfig
-from .kernel_choice import hold
-from .loss_in_pieces import can_be_in_pieces, causal_lm_loss
-from .multi_axis_checkpointing import (
+from .gradient_checkpointing import (
+    CapturedTensors,
+    can_be_in_pieces,
+    causal_lm_loss,
     checkpointing_options,
     disable_multi_axis_checkpointing,
     enable_multi_axis_checkpointing,
+    has_forward_hooks,
     is_multi_axis_checkpointed,
+    is_sharded,
+    max_over_processes,
+    processes_in_step,
 )
-from .recurrent_state import cache_layers_of
-from .shape import indexable_tokens, segment_bounds
-from .sharded_modules import has_forward_hooks, is_sharded, max_over_processes, processes_in_step
+from .mamba2 import cache_layers_of, hold, indexable_tokens, segment_bounds
 
 # Transformers installs these hooks in the first call that returns hidden states. torch.compile cannot trace that call.
 _install_capturing_hooks = torch.compiler.disable(maybe_install_capturing_hooks)

@@ -7,9 +7,8 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers import GenerationConfig, Pipeline
 
-from .answering import checked_candidates, checked_questions
-from .frames import is_array, is_list_of_films, is_video_file
-from .video_session import VideoSession, watch_together
+from .session import VideoSession, checked_candidates, checked_questions, watch_together
+from .video import is_array, is_list_of_films, is_video_file
 
 _VIDEO_OPTIONS = ("fps", "progress")
 

@@ -8,7 +8,7 @@ from transformers.image_utils import load_image
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 
 from .configuration_ma2mba import Ma2mbaConfig
-from .frames import as_list_of_videos
+from .video import as_list_of_videos
 from .video_processing_ma2mba import Ma2mbaVideoProcessor, Ma2mbaVideosKwargs
 
 # Paper, Table 5. `<|system|>`, `<|user|>` and `<|assistant|>` are ordinary text. The model learns the assistant's text

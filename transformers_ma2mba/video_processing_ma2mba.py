@@ -10,8 +10,7 @@ from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from .frames import FittedFrames, as_list_of_videos, frames_to_tensor, is_video_file
-from .video_reader import checked_frame_rate, read_video
+from .video import FittedFrames, as_list_of_videos, checked_frame_rate, frames_to_tensor, is_video_file, read_video
 
 
 class Ma2mbaVideosKwargs(VideosKwargs, total=False):

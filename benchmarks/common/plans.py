@@ -24,7 +24,7 @@ def ma_gc_settings(job: dict) -> dict:
 def make_plan(job: dict, length: int, settings: dict):
     """Return the `CheckpointPlan` of the job's shape and device, for fused kernels if the GPU has them."""
     from transformers_ma2mba import plan_checkpoints
-    from transformers_ma2mba.fused_layer import why_not_fused
+    from transformers_ma2mba.gradient_checkpointing.fused_layer import why_not_fused
 
     fused = job["device"] == "cuda" and why_not_fused([], torch.device("cuda")) is None
     options = {"dtype": job["dtype"], "fused": fused, "from_ids": job.get("step") == "tokens", "device": job["device"]}

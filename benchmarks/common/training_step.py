@@ -133,7 +133,7 @@ class TrainingStep(Step):
             groups = [LayerGroup(layers[first : first + size]) for first in range(0, len(layers), size)]
             model.layers = nn.ModuleList(groups)
         if method == "every-layer-ssd-scan":
-            from transformers_ma2mba.kernel_choice import hold
+            from transformers_ma2mba.mamba2.kernel_choice import hold
 
             hold(model)
             self.options["ssd_scan"] = True
