@@ -12,23 +12,3 @@ from .multi_axis import (
 from .plan import CheckpointPlan, plan_checkpoints
 from .sharded_modules import has_forward_hooks, is_sharded, max_over_processes, processes_in_step
 from .training_memory import OPTIMIZERS, TrainingMemory, estimate_training_memory
-
-__all__ = [
-    "CapturedTensors",
-    "CheckpointPlan",
-    "OPTIMIZERS",
-    "TrainingMemory",
-    "can_be_in_pieces",
-    "causal_lm_loss",
-    "checkpointing_options",
-    "disable_multi_axis_checkpointing",
-    "enable_multi_axis_checkpointing",
-    "estimate_training_memory",
-    "format_memory_size",
-    "has_forward_hooks",
-    "is_multi_axis_checkpointed",
-    "is_sharded",
-    "max_over_processes",
-    "plan_checkpoints",
-    "processes_in_step",
-]

@@ -15,25 +15,3 @@ from .recurrent_state import (
 )
 from .shape import Mamba2Shape, indexable_tokens, segment_bounds, segments_of
 from .ssd_scan import ELEMENTS_PER_SPAN, TILE, TILES_PER_SPAN
-
-__all__ = [
-    "ELEMENTS_PER_SPAN",
-    "LayerState",
-    "Mamba2Shape",
-    "TILE",
-    "TILES_PER_SPAN",
-    "cache_for",
-    "cache_layers_of",
-    "copy_cache",
-    "empty_cache",
-    "hold",
-    "indexable_tokens",
-    "join_caches",
-    "kernel_choice",
-    "read_state",
-    "release",
-    "segment_bounds",
-    "segments_of",
-    "with_own_storage",
-    "write_state",
-]

@@ -3,13 +3,3 @@
 from .answering import VideoChat, checked_candidates, checked_questions
 from .state_file import StateFileError
 from .video_session import VideoSession, VideoStreamError, watch_together
-
-__all__ = [
-    "StateFileError",
-    "VideoChat",
-    "VideoSession",
-    "VideoStreamError",
-    "checked_candidates",
-    "checked_questions",
-    "watch_together",
-]

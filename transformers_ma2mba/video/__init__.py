@@ -12,21 +12,3 @@ from .frames import (
 )
 from .reader import VideoReadError, checked_frame_rate, iter_frames, probe, progress_bar, read_video
 from .stream import VideoStream
-
-__all__ = [
-    "Clock",
-    "FittedFrames",
-    "Picture",
-    "VideoReadError",
-    "VideoStream",
-    "as_list_of_videos",
-    "checked_frame_rate",
-    "frames_to_tensor",
-    "is_array",
-    "is_list_of_films",
-    "is_video_file",
-    "iter_frames",
-    "probe",
-    "progress_bar",
-    "read_video",
-]
