@@ -128,6 +128,17 @@ def test_discarded_states_are_recomputed(with_state, state_interval, order):
             assert_same(step(grid, embeds, with_state=with_state), expected)
 
 
+@pytest.mark.parametrize("state_interval", [1, 2])
+@pytest.mark.parametrize("order", ORDERS)
+def test_recomputed_hooks_accept_differentiable_initial_states(order, state_interval):
+    model = trunk()
+    embeds = random_embeddings(9)
+    expected = step(model, embeds, with_state=True)
+    grid = checkpointed(model, 2, 4, order, state_interval)
+    grid.layers[0].register_forward_hook(lambda *_: None)
+    assert_same(step(grid, embeds, with_state=True), expected)
+
+
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_grid_looks_up_embeddings_by_segment(order, trained):

@@ -180,8 +180,11 @@ class _Walk:
             yield
 
     def initial_states(self, tensors: Sequence[torch.Tensor]) -> list[LayerState]:
-        """The states that enter the first segment, from their tensors, of which there are none without a state."""
-        return states_of(tensors) or [LayerState()] * self.num_layers
+        """The states that enter the first segment, from their tensors, of which there are none without a state.
+
+        They are detached: the walk returns their gradients, and its blocks must not find them to be leaves of theirs.
+        """
+        return states_of([tensor.detach() for tensor in tensors]) or [LayerState()] * self.num_layers
 
     def pass_segment(self, segment: int, border: Border, to_top: bool = True) -> Border:
         """Run one segment through all blocks, or all but the upper end, and keep nothing of it."""
@@ -196,7 +199,6 @@ class _Walk:
         """Run the first segment, which shows all tensors that the blocks depend on. `run` goes on from there."""
         random_state = self.random.record()
         reader = SegmentReader(inputs.detach(), self.segments, self.offloader)
-        states = [LayerState(*(tensor if tensor is None else tensor.detach() for tensor in state)) for state in states]
         with torch.no_grad(), self.as_in_forward():
             after = self.pass_segment(0, Border(reader.take(0, 1), states))
         self.first_segment = _FirstSegment(reader, random_state, after)
