@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import weakref
 from contextlib import contextmanager
 from functools import partial
 
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, Mamba2ForCausalLM
 
 from transformers_ma2mba.gradient_checkpointing import grid as checkpoint_grid
-from transformers_ma2mba.gradient_checkpointing.cell import Border
+from transformers_ma2mba.gradient_checkpointing.cell import Border, Cell, RestoredBlock, UpperEnd
 from transformers_ma2mba.gradient_checkpointing.multi_axis import enable_multi_axis_checkpointing
 from transformers_ma2mba.gradient_checkpointing.plan import plan_checkpoints
 from transformers_ma2mba.mamba2.recurrent_state import LayerState, carried_cache, read_state, write_state
@@ -485,6 +486,32 @@ def test_backward_memory_does_not_grow_with_the_length(order):
             loss.backward()
         peaks.append(Held.peak)
     assert 0 < peaks[0] == peaks[1] == peaks[2]
+
+
+def test_hidden_states_of_a_segment_are_dropped_before_the_next(monkeypatch):
+    outputs, gradients, borders = [], [], []
+
+    def run(self, segment, border, original=Cell.run):
+        assert not any(reference() is not None for reference in outputs + gradients)
+        return original(self, segment, border)
+
+    def run_end(self, segment, border, original=UpperEnd.run):
+        after = original(self, segment, border)
+        outputs.append(weakref.ref(after.hidden_states))
+        return after
+
+    def backward(self, gradient, sums, original=RestoredBlock.backward):
+        assert not any(reference() is not None for reference in borders)
+        before = original(self, gradient, sums)
+        kept, tensor = (borders, self.before) if isinstance(self.block, UpperEnd) else (gradients, before)
+        kept.append(weakref.ref(tensor.hidden_states))
+        return before
+
+    monkeypatch.setattr(Cell, "run", run)
+    monkeypatch.setattr(UpperEnd, "run", run_end)
+    monkeypatch.setattr(RestoredBlock, "backward", backward)
+    step(checkpointed(trunk(), LAYERS, 4), random_embeddings(16))
+    assert len(borders) == len(gradients) == 4
 
 
 def test_stock_checkpointing_does_not_restore_layers_twice():

@@ -227,6 +227,7 @@ class _Walk:
                 enter(segment, states, random_state)  # 9 and 10: S_ckpt
             states = after.states
             self._store(output, segment, after.hidden_states)
+            del after
             self.offloader.end_segment()
         self.offloader.finish()
         return Border(output, states)
@@ -311,7 +312,9 @@ class _WalkBack:
             del hidden_states, before
             if end is not None:
                 grad, _ = end.backward(Border(grad), self.sums)
+                end = None  # its lower border would stay in memory
             grad, self.grad_states[layers] = restored.backward(Border(grad, self.grad_states[layers]), self.sums)  # 10
+            del restored
         if walk.lower is not None and grad is not None:
             walk.lower.backward(border.hidden_states, grad, self.sums)
             return None  # token ids have none
@@ -403,6 +406,7 @@ class _MultiAxisCheckpoint(torch.autograd.Function):
                     if grad is None:
                         grad = border.hidden_states.new_zeros(border.hidden_states.shape)
                     offloader.store(grad_inputs[:, start:stop], grad.to(grad_inputs.dtype))
+                del grad
                 offloader.end_segment()
         offloader.finish()
         totals = back.sums.totals()
