@@ -341,6 +341,28 @@ def test_a_stream_can_be_stopped(session, ask_about):
     assert stream.watched.ask("Why?", **SHORT) == approximately(ask_about(FRAMES[:4]))
 
 
+def test_a_stop_that_comes_too_late_does_not_stop_the_next_stream(session, monkeypatch):
+    is_watching = VideoSession.is_watching.fget
+    watched, proceed = session(), threading.Event()
+
+    def at_the_end(self):
+        """The thread ends its stream between the question whether it watches and the request to stop."""
+        was_watching = is_watching(self)
+        proceed.set()
+        assert self.wait(60)
+        return was_watching
+
+    def frames():
+        yield FRAMES[0]
+        assert proceed.wait(60)
+
+    watched.extend(frames(), background=True)
+    with monkeypatch.context() as patches:
+        patches.setattr(VideoSession, "is_watching", property(at_the_end))
+        watched.stop()
+    assert watched.extend(FRAMES).num_frames == 1 + len(FRAMES)
+
+
 def test_wait_raises_the_error_of_a_thread(session, ask_about):
     def broken():
         yield from FRAMES[:3]

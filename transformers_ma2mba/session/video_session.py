@@ -152,8 +152,8 @@ class VideoSession:
         with self._film.lock:
             if self.is_watching:
                 raise RuntimeError("This session is being extended already: `wait` for that, or `stop` it.")
+            self._stop, self._failure = False, None  # a call of `stop` may have come too late for the last stream
             self._done.clear()
-        self._failure = None
         return stream
 
     def _watch(self, stream: VideoStream, progress: bool | None, in_thread: bool = False):
