@@ -90,6 +90,7 @@ def test_saving_and_loading_gives_the_same_config(tmp_path, kind):
         vision_feature_layer=-1,
         spatial_pool_mode="max",
         spatial_pool_stride=3,
+        spatial_pool_rounding="down",
         projector_hidden_act="relu",
         multimodal_projector_bias=False,
         frame_rate=0.5,
@@ -115,6 +116,8 @@ def test_sub_configs_may_be_dicts():
 BAD_FIELDS = [
     (dict(spatial_pool_stride=0), "spatial_pool_stride must be at least 1, got 0"),
     (dict(spatial_pool_mode="median"), "spatial_pool_mode"),
+    (dict(spatial_pool_rounding="nearest"), "spatial_pool_rounding"),
+    (dict(spatial_pool_stride=5, spatial_pool_rounding="down"), "4 patches along each side: .*leaves none"),
     (dict(frame_rate=0), "frame_rate must be .*above 0.*got 0"),
     (dict(frame_rate=-1.0), "frame_rate must be .*above 0.*got -1"),
     (dict(frame_rate=math.nan), "frame_rate must be .*above 0.*got nan"),

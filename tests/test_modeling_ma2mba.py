@@ -143,6 +143,23 @@ def test_average_and_max_pooling_take_blocks_from_the_top_left(mode, side, strid
     assert_close(pool_patches(features, mode, stride), torch.stack(expected, 1), **EXACT)
 
 
+@pytest.mark.parametrize("mode", ["bilinear", "average", "max"])
+@pytest.mark.parametrize("patches, pooled", [(4, 2), (5, 2), (7, 3)])
+@torch.no_grad()
+def test_pooling_that_rounds_down_leaves_out_the_edge(mode, patches, pooled):
+    options = dict(spatial_pool_mode=mode, spatial_pool_rounding="down", vision=dict(image_size=8 * patches))
+    config = tiny_config(**options)
+    assert config.tokens_per_frame == pooled**2
+    features = torch.randn(2, patches**2, 5, dtype=torch.float64)
+    tokens = pool_patches(features, mode, 2, "down")
+    assert tokens.shape == (2, pooled**2, 5)
+    if mode != "bilinear":
+        inner = features.view(2, patches, patches, 5)[:, : 2 * pooled, : 2 * pooled].flatten(1, 2)
+        assert_close(tokens, pool_patches(inner, mode, 2), **EXACT)
+    model = tiny_model(config)
+    assert model.get_video_features(random_pixels(2, 8 * patches)).pooler_output.shape[1] == config.tokens_per_frame
+
+
 @pytest.mark.parametrize("layer", [-4, -1, 0, 1, 3])
 @torch.no_grad()
 def test_vision_feature_layer_selects_the_hidden_states(layer):

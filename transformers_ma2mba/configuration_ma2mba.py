@@ -55,7 +55,10 @@ class Ma2mbaConfig(PreTrainedConfig):
         spatial_pool_mode (`str`, defaults to `"bilinear"`):
             The pooling of patch features before the projector: `"bilinear"`, `"average"` or `"max"`.
         spatial_pool_stride (`int`, defaults to 2):
-            Pooling factor along each side of the patch grid; a side that it does not divide is rounded up.
+            Pooling factor along each side of the patch grid.
+        spatial_pool_rounding (`str`, defaults to `"up"`):
+            The rounding of a pooled side, `"up"` or `"down"`, where the stride does not divide the side. The authors'
+            code rounds up in bilinear pooling and down in the other modes.
         projector_hidden_act (`str`, defaults to `"gelu"`):
             Activation function between the projector's two layers.
         multimodal_projector_bias (`bool`, defaults to `True`):
@@ -92,6 +95,7 @@ class Ma2mbaConfig(PreTrainedConfig):
     vision_feature_layer: int = -2
     spatial_pool_mode: Literal["bilinear", "average", "max"] = "bilinear"
     spatial_pool_stride: int = 2
+    spatial_pool_rounding: Literal["up", "down"] = "up"
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
     frame_rate: int | float = 1.0
@@ -118,6 +122,11 @@ class Ma2mbaConfig(PreTrainedConfig):
             raise ValueError(
                 f"vision_config has patches of {self.vision_config.patch_size} px in frames of "
                 f"{self.vision_config.image_size} px: a frame must hold at least one patch."
+            )
+        if self.pooled_patches_per_side < 1:
+            raise ValueError(
+                f"spatial_pool_stride is {self.spatial_pool_stride}, but frames have {self.patches_per_side} patches "
+                "along each side: pooling that rounds down leaves none."
             )
         layers = self.vision_config.num_hidden_layers
         if not -layers - 1 <= self.vision_feature_layer <= layers:
@@ -175,7 +184,13 @@ class Ma2mbaConfig(PreTrainedConfig):
     @property
     def tokens_per_frame(self) -> int:
         """Number of placeholders for one frame or image: 144 for CLIP at 336 px, 196 for SigLIP at 384 px."""
-        return math.ceil(self.patches_per_side / self.spatial_pool_stride) ** 2
+        return self.pooled_patches_per_side**2
+
+    @property
+    def pooled_patches_per_side(self) -> int:
+        """Number of patches along each side of a frame after pooling."""
+        rounded = {"up": math.ceil, "down": math.floor}[self.spatial_pool_rounding]
+        return rounded(self.patches_per_side / self.spatial_pool_stride)
 
 
 __all__ = ["Ma2mbaConfig"]

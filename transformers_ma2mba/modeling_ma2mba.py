@@ -92,26 +92,27 @@ class Ma2mbaMultiModalProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(features)))
 
 
-def pool_patches(features_FPC: torch.Tensor, mode: str, stride: int) -> torch.Tensor:
+def pool_patches(features_FPC: torch.Tensor, mode: str, stride: int, rounding: str = "up") -> torch.Tensor:
     """Pool a square grid of patch features (paper §3.4).
 
     Args:
         features_FPC: `(num_frames, patches_per_side ** 2, vision_width)`, row by row.
         mode: `"bilinear"`, `"average"` or `"max"`.
-        stride: the pooling factor along each side; a side that it does not divide rounds up.
+        stride: the pooling factor along each side.
+        rounding: `"up"` or `"down"`, for a side that the stride does not divide.
 
     Returns:
-        `(num_frames, ceil(patches_per_side / stride) ** 2, vision_width)`, row by row.
+        `(num_frames, pooled_patches_per_side ** 2, vision_width)`, row by row.
     """
     num_frames, num_patches, channels = features_FPC.shape
     side = math.isqrt(num_patches)
     grid = features_FPC.transpose(1, 2).reshape(num_frames, channels, side, side)
     if mode == "bilinear":
-        pooled_side = math.ceil(side / stride)
+        pooled_side = {"up": math.ceil, "down": math.floor}[rounding](side / stride)
         grid = F.interpolate(grid, size=(pooled_side, pooled_side), mode="bilinear", align_corners=False)
     else:
         pool = {"average": F.avg_pool2d, "max": F.max_pool2d}[mode]
-        grid = pool(grid, kernel_size=stride, stride=stride, ceil_mode=True)
+        grid = pool(grid, kernel_size=stride, stride=stride, ceil_mode=rounding == "up")
     return grid.flatten(2).transpose(1, 2)
 
 
@@ -231,7 +232,8 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         features_FPC = outputs.hidden_states[self.config.vision_feature_layer]
         # CLIP puts a class token before the patches, SigLIP does not.
         features_FPC = features_FPC[:, features_FPC.shape[1] - self.config.patches_per_side**2 :]
-        features_FNC = pool_patches(features_FPC, self.config.spatial_pool_mode, self.config.spatial_pool_stride)
+        pooling = (getattr(self.config, f"spatial_pool_{option}") for option in ("mode", "stride", "rounding"))
+        features_FNC = pool_patches(features_FPC, *pooling)
         return self.multi_modal_projector(features_FNC.to(weight.dtype))
 
     def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:

@@ -1,0 +1,1 @@
+"""Published checkpoints: the authors' layout, read into ours."""
