@@ -162,6 +162,21 @@ class Ma2mbaConfig(PreTrainedConfig):
             raise ValueError(f"image_token_id and video_token_id must differ, both are {self.image_token_id}.")
 
     @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> "Ma2mbaConfig":
+        """Create a configuration from the content of `config.json`.
+
+        Raises:
+            ValueError: if it is of another model type.
+        """
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f"This configuration is of a {found!r} model, not of a {cls.model_type!r} one: load it by AutoConfig, "
+                "and its model by AutoModel."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def from_preset(cls, preset: str, **kwargs) -> "Ma2mbaConfig":
         """Create the configuration of a published size: `"0.7b"`, `"1.8b"` or `"3.1b"` (paper §4.1).
 
