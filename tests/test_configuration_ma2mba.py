@@ -30,7 +30,7 @@ def test_the_default_is_the_largest_published_model():
     assert (text.num_hidden_layers, text.hidden_size, text.state_size, text.head_dim) == (64, 2560, 128, 64)
     assert (text.conv_kernel, text.expand, text.n_groups, text.chunk_size) == (4, 2, 1, 256)
     assert text.num_heads * text.head_dim == text.expand * text.hidden_size
-    assert text.vocab_size >= 50277 and text.vocab_size % 8 == 0
+    assert text.vocab_size == 50288  # 50,277 tokens, padded to a multiple of 16
     assert text.tie_word_embeddings and config.tie_word_embeddings
     assert (vision.image_size, vision.patch_size, vision.num_hidden_layers, vision.hidden_size) == (336, 14, 24, 1024)
     assert (config.vision_feature_layer, config.spatial_pool_mode, config.spatial_pool_stride) == (-2, "bilinear", 2)
@@ -46,6 +46,7 @@ def test_presets_have_the_published_number_of_parameters(preset, billions):
     with torch.device("meta"):
         model = Ma2mbaForVideoQA(Ma2mbaConfig.from_preset(preset))
     assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.lm_head.weight.shape[0] == 50288  # as in the published weights
     once = sum(parameter.numel() for parameter in model.parameters())
     twice = once + model.lm_head.weight.numel()
     assert twice == pytest.approx(billions * 1e9, rel=0.05)
@@ -108,9 +109,9 @@ def test_saving_and_loading_gives_the_same_config(tmp_path, kind):
 
 def test_sub_configs_may_be_dicts():
     """A dict without a `model_type` is for CLIP or Mamba-2; missing fields have the class's defaults."""
-    config = Ma2mbaConfig(vision_config={"image_size": 64}, text_config={"vocab_size": 50280})
+    config = Ma2mbaConfig(vision_config={"image_size": 64}, text_config={"vocab_size": 50288})
     assert config.vision_config.to_dict() == CLIPVisionConfig(image_size=64).to_dict()
-    assert config.text_config.to_dict() == Mamba2Config(vocab_size=50280).to_dict()
+    assert config.text_config.to_dict() == Mamba2Config(vocab_size=50288).to_dict()
 
 
 BAD_FIELDS = [

@@ -27,7 +27,7 @@ _CLIP_VIT_LARGE_336 = {
 }
 
 _MAMBA2 = {
-    "vocab_size": 50280,  # 50,277 tokens of GPT-NeoX-20B, padded to a multiple of 8
+    "vocab_size": 50288,  # 50,277 tokens of GPT-NeoX-20B, padded to a multiple of 16 as in the published weights
     "state_size": 128,
     "head_dim": 64,
     "conv_kernel": 4,

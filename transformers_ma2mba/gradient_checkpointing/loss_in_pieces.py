@@ -1,6 +1,6 @@
 """The next-token cross-entropy of a language model, a piece of positions at a time.
 
-The logits of a long sequence would be the largest tensor of its training step: 2^19 positions and 50,280 tokens in
+The logits of a long sequence would be the largest tensor of its training step: 2^19 positions and 50,288 tokens in
 the vocabulary make 105 GB in float32, and their gradient as much again. Here the head runs on a few hundred positions
 at a time: their loss is taken, and their logits are dropped. Backward computes them again, piece by piece.
 
@@ -30,7 +30,7 @@ from .gradient_sums import GradientSums
 from .sharded_modules import call_through_hooks, is_sharded, plain_forward
 
 # The limit for the logits of a piece and their gradient, both in float32: small beside the model, and large enough for
-# matrix products at full speed, 667 positions with a vocabulary of 50,280.
+# matrix products at full speed, 667 positions with a vocabulary of 50,288.
 _BYTES_OF_A_PIECE = 2**28
 _BYTES_OF_A_LOGIT = 4 + 4
 
