@@ -89,6 +89,7 @@ def main():
         ),
         image_token_id=image_token_id,
         video_token_id=image_token_id + 1,
+        unpadded_vocab_size=image_token_id + 2,
         frames_per_vision_pass=512,
     )
     model = Ma2mbaForVideoQA(config)

@@ -95,6 +95,7 @@ def test_saving_and_loading_gives_the_same_config(tmp_path, kind):
         projector_hidden_act="relu",
         multimodal_projector_bias=False,
         frame_rate=0.5,
+        unpadded_vocab_size=383,
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.25, 0.25, 0.25],
     )
@@ -131,6 +132,8 @@ BAD_FIELDS = [
     (dict(image_token_id=384), "image_token_id is 384, outside of the vocabulary of 384"),
     (dict(video_token_id=-1), "video_token_id is -1, outside of the vocabulary of 384"),
     (dict(image_token_id=7, video_token_id=7), "must differ, both are 7"),
+    (dict(unpadded_vocab_size=0), "unpadded_vocab_size is 0, but the language model has rows for 1 to 384 tokens"),
+    (dict(unpadded_vocab_size=385), "unpadded_vocab_size is 385, but the language model has rows for 1 to 384 tokens"),
     (dict(image_mean=[0.5, 0.5]), "image_mean must have 3 values"),
     (dict(image_std=[0.5] * 4), "image_std must have 3 values"),
     (dict(image_std=[0.5, 0.0, 0.5]), "image_std must be above 0"),

@@ -5,9 +5,9 @@ from threading import Thread
 
 import pytest
 import torch
-from tiny import pad_left, random_pixels, tiny_config, tiny_model
+from tiny import VOCABULARY, pad_left, padded_model, random_pixels, tiny_config, tiny_model
 from torch.testing import assert_close
-from transformers import TextIteratorStreamer, TextStreamer
+from transformers import AutoModel, TextIteratorStreamer, TextStreamer
 
 # The recurrent and the chunked form of a scan round differently in float32.
 ROUNDED = dict(rtol=1e-4, atol=1e-4)
@@ -56,6 +56,7 @@ def naive_greedy(model, inputs, num_tokens):
     for _ in range(num_tokens):
         logits = model(**inputs, use_cache=False).logits[:, -1]
         logits[:, model.generation_config.eos_token_id] = -torch.inf  # min_new_tokens does the same
+        logits[:, [VOCABULARY - 2, VOCABULARY - 1]] = -torch.inf  # the placeholders
         token = logits.argmax(-1, keepdim=True)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], token], 1)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(token)], 1)
@@ -135,7 +136,9 @@ def naive_beam_search(model, inputs, num_beams, num_tokens):
             input_ids = torch.tensor([prompt + tokens])
             whole = {**inputs, "input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
             with torch.no_grad():
-                log_probabilities = model(**whole, use_cache=False).logits[0, -1].log_softmax(-1)
+                logits = model(**whole, use_cache=False).logits[0, -1]
+            logits[[VOCABULARY - 2, VOCABULARY - 1]] = -torch.inf  # the placeholders
+            log_probabilities = logits.log_softmax(-1)
             log_probabilities[model.generation_config.eos_token_id] = -torch.inf
             best = log_probabilities.topk(num_beams)
             extended += [(score + s, [*tokens, t]) for s, t in zip(*map(torch.Tensor.tolist, best), strict=True)]
@@ -158,6 +161,77 @@ def test_beam_search_in_a_batch_gives_each_beam_its_own_video(model, config):
     alone = torch.cat([generate(model, sample, num_beams=3) for sample in samples])
     assert torch.equal(together, alone)
     assert len(alone.unique(dim=0)) == 3
+
+
+# Rows of the vocabulary that are no text
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="greedy"),
+        pytest.param(dict(do_sample=True, top_k=3), id="sampling"),
+        pytest.param(dict(do_sample=True, temperature=5.0, top_p=0.5, renormalize_logits=True), id="nucleus"),
+        pytest.param(dict(num_beams=3, num_return_sequences=3), id="beams"),
+        pytest.param(dict(num_beams=3, do_sample=True), id="sampled-beams"),
+        pytest.param(dict(suppress_tokens=[3], remove_invalid_values=True), id="with-suppressed-tokens"),
+        pytest.param(dict(repetition_penalty=2.0), id="repetition-penalty"),
+    ],
+)
+def test_padding_and_placeholders_are_never_generated(options, use_cache):
+    """Each step would choose one of them."""
+    model = padded_model(scale=100)
+    inputs = make_inputs(model.config)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    assert logits.argmax(-1).min() >= VOCABULARY - 2 and logits.isfinite().all()
+    torch.manual_seed(0)
+    tokens = generate(model, inputs, use_cache=use_cache, **options)
+    assert tokens.max() < VOCABULARY - 2
+
+    other = padded_model(scale=0.1)
+    torch.manual_seed(0)
+    assert torch.equal(generate(other, inputs, use_cache=use_cache, **options), tokens)
+
+
+def test_padding_is_not_generated_after_loading(tmp_path):
+    padded_model(scale=100).save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path)
+    assert generate(model, make_inputs(model.config)).max() < VOCABULARY - 2
+
+
+def test_every_row_is_a_token_unless_the_config_counts_them():
+    model = padded_model(scale=100, num_tokens=None)
+    tokens = generate(model, make_inputs(model.config))
+    assert tokens.min() >= VOCABULARY  # but no placeholder
+
+
+def test_new_tokens_are_generated_after_resizing():
+    model = padded_model(scale=100)
+    model.resize_token_embeddings(VOCABULARY + 2, pad_to_multiple_of=8)
+    assert model.config.text_config.vocab_size == VOCABULARY + 8
+    tokens = generate(model, make_inputs(model.config))
+    assert set(tokens.unique().tolist()) <= {VOCABULARY, VOCABULARY + 1}
+
+
+@pytest.mark.parametrize("num_tokens", [None, VOCABULARY - 2, VOCABULARY, VOCABULARY + 3, VOCABULARY + 8], ids=str)
+def test_logits_of_text_tokens_only(num_tokens):
+    model = padded_model(scale=1.0, num_tokens=num_tokens)
+    inputs = make_inputs(model.config)
+    with torch.no_grad():
+        logits, expected = model(**inputs, text_tokens_only=True).logits, model(**inputs).logits
+    padding = range(VOCABULARY + 8 if num_tokens is None else num_tokens, VOCABULARY + 8)
+    expected[..., [VOCABULARY - 2, VOCABULARY - 1, *padding]] = -torch.inf
+    assert torch.equal(logits, expected)
+
+
+def test_training_sees_the_padding_as_the_published_models_did():
+    model, unaware = padded_model(scale=1.0), padded_model(scale=1.0, num_tokens=None)
+    inputs = make_inputs(model.config)
+    inputs["labels"] = inputs["input_ids"].where(inputs["input_ids"] < VOCABULARY - 2, -100)
+    outputs, expected = model(**inputs), unaware(**inputs)
+    assert torch.equal(outputs.loss, expected.loss) and torch.equal(outputs.logits, expected.logits)
 
 
 # Batches

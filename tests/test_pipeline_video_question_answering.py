@@ -7,7 +7,7 @@ import torch
 from datasets_in_memory import RowsDataset
 from PIL import Image
 from prompts import make_prompt
-from tiny import approximately, random_frames
+from tiny import approximately, padded_model, random_frames
 from transformers import GenerationConfig, pipeline
 
 from transformers_ma2mba import read_video
@@ -22,6 +22,7 @@ def naive_log_probabilities(model, prompt, tokens: list[int]) -> torch.Tensor:
     input_ids = torch.cat([prompt["input_ids"], torch.tensor([tokens])], 1)
     pixels = prompt["pixel_values_videos"]
     logits = model(input_ids=input_ids, pixel_values_videos=pixels, use_cache=False).logits[0].double()
+    logits[:, [model.config.image_token_id, model.config.video_token_id]] = -torch.inf
     return torch.stack([logits[i - len(tokens) - 1].log_softmax(-1)[token] for i, token in enumerate(tokens)])
 
 
@@ -150,6 +151,22 @@ def test_one_candidate_is_certain(qa, frames):
 def test_bad_candidates(qa, frames, candidates):
     with pytest.raises(ValueError, match="candidates must be a list of answers, none of them empty"):
         qa(video=frames, question="Why?", candidates=candidates)
+
+
+def test_placeholders_in_candidates_are_refused(qa, frames):
+    with pytest.raises(ValueError, match="The candidate 'a <video>' contains a placeholder"):
+        qa(video=frames, question="Why?", candidates=["red", "a <video>"])
+
+
+def test_answers_and_scores_do_not_depend_on_the_padding(processor, frames):
+    """Neither do they on the placeholders. The padding of one of the models would win each step."""
+    answers = []
+    for scale in (100, 0.1):
+        qa = pipeline("video-question-answering", model=padded_model(scale), processor=processor)
+        generated = [qa(video=frames, question=QUESTIONS, max_new_tokens=6, num_beams=beams) for beams in (1, 3)]
+        answers.append([*generated, qa(video=frames, question=QUESTIONS, candidates=CANDIDATES)])
+    assert answers[0] == answers[1]
+    assert all(0 < entry["score"] < 1 for entry in answers[0][0])
 
 
 # Watched once

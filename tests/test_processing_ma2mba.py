@@ -472,6 +472,21 @@ def test_from_model_config():
     assert (processor.image_token_id, processor.video_token_id) == (VOCABULARY - 2, VOCABULARY - 1)
 
 
+def test_from_model_config_counts_the_tokens():
+    config = tiny_config(text=dict(vocab_size=VOCABULARY + 8))
+    assert config.unpadded_vocab_size is None
+    Ma2mbaProcessor.from_model_config(config, tiny_tokenizer())
+    assert config.unpadded_vocab_size == VOCABULARY
+
+
+def test_from_model_config_with_too_many_tokens():
+    config, tokenizer = tiny_config(), tiny_tokenizer()
+    tokenizer.add_tokens(["<image>", "<video>"], special_tokens=True)
+    tokenizer.add_tokens(["one", "more"])
+    with pytest.raises(ValueError, match="has 386 tokens, placeholders included, but the language model has only 384"):
+        Ma2mbaProcessor.from_model_config(config, tokenizer)
+
+
 def test_from_model_config_with_other_ids():
     with pytest.raises(ValueError, match="gives <image> the id 382, but the config expects 383: set image_token_id"):
         config = tiny_config(image_token_id=VOCABULARY - 1, video_token_id=VOCABULARY - 2)

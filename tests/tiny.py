@@ -100,6 +100,25 @@ def tiny_model(config: Ma2mbaConfig, seed=0, dtype=torch.float32) -> Ma2mbaForVi
     return model.to(dtype).eval()
 
 
+def padded_model(scale: float, num_tokens: int | None = VOCABULARY) -> Ma2mbaForVideoQA:
+    """A model with 8 rows of padding beyond its tokens, whose logits grow with `scale`, as those of the placeholders.
+
+    The rows are pairs of opposite vectors, so that one of each pair has a logit above 0. All other weights are the
+    same for each scale.
+    """
+    config = tiny_config(
+        text=dict(vocab_size=VOCABULARY + 8, tie_word_embeddings=False),
+        tie_word_embeddings=False,
+        unpadded_vocab_size=num_tokens,
+    )
+    model = tiny_model(config)
+    with torch.no_grad():
+        rows = model.lm_head.weight[VOCABULARY - 2 :]
+        rows[1::2] = -rows[::2]
+        rows *= scale
+    return model
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE like the GPT-NeoX tokenizer, which reads `<|user|>` as ordinary text.
 

@@ -74,6 +74,9 @@ class Ma2mbaConfig(PreTrainedConfig):
         image_token_id, video_token_id (`int`, default to 50277 and 50278):
             Placeholders of one image token and one video token. The defaults are unused rows of the padded vocabulary,
             so that published language models keep their embedding unchanged.
+        unpadded_vocab_size (`int`, *optional*):
+            Number of the tokenizer's tokens, placeholders included. The language model's rows from this one on are
+            padding, and are never generated. None: every row is a token.
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: if a field has a wrong type or is out of range, or the patch grid
@@ -105,9 +108,11 @@ class Ma2mbaConfig(PreTrainedConfig):
     image_std: list[float] | tuple[float, ...] | None = None
     image_token_id: int = 50277
     video_token_id: int = 50278
+    unpadded_vocab_size: int | None = None
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        kwargs.pop("auto_map", None)  # it names a file in the checkpoint's folder, which saving does not copy
         super().__post_init__(**kwargs)
         self.image_mean = list(OPENAI_CLIP_MEAN if self.image_mean is None else self.image_mean)
         self.image_std = list(OPENAI_CLIP_STD if self.image_std is None else self.image_std)
@@ -151,8 +156,13 @@ class Ma2mbaConfig(PreTrainedConfig):
         if min(self.image_std) <= 0:
             raise ValueError(f"image_std must be above 0 in every channel, got {self.image_std}.")
 
-    def validate_placeholders(self):
-        """Check the placeholder tokens of images and videos."""
+    def validate_vocabulary(self):
+        """Check the number of tokens, and the placeholder tokens of images and videos."""
+        if self.unpadded_vocab_size is not None and not 1 <= self.unpadded_vocab_size <= self.text_config.vocab_size:
+            raise ValueError(
+                f"unpadded_vocab_size is {self.unpadded_vocab_size}, but the language model has rows for 1 to "
+                f"{self.text_config.vocab_size} tokens."
+            )
         for name in ("image_token_id", "video_token_id"):
             if not 0 <= getattr(self, name) < self.text_config.vocab_size:
                 raise ValueError(

@@ -7,7 +7,7 @@ D width of the language model, K supervised positions, V vocabulary.
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 
 import torch
 import torch.nn.functional as F
@@ -459,6 +459,7 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        text_tokens_only: bool = False,
         **kwargs,
     ) -> Ma2mbaForVideoQAOutput:
         """Predict the next token at each position, or the loss of such predictions.
@@ -478,6 +479,9 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
             cache_params: the recurrent state that the sequence continues; updated in place.
             mm_encoder_outputs: outputs of `get_image_features` and `get_video_features` under `"image"` and
                 `"video"`, in place of pixels.
+            text_tokens_only: whether the logits of both placeholders, and of the vocabulary's padding beyond
+                `config.unpadded_vocab_size`, are -inf, as in `generate`. Without effect if labels are given: the
+                published models were trained with the padding in the softmax.
 
         Raises:
             ValueError: if frames and placeholders do not match, or frames have another size than the vision encoder's.
@@ -501,6 +505,10 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
         if labels is None:
             hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
             logits = self.lm_head(hidden_states.to(self.lm_head.weight.dtype)).float()
+            if text_tokens_only:
+                padding = slice(self.config.unpadded_vocab_size or logits.shape[-1], None)
+                for rows in (self.config.image_token_id, self.config.video_token_id, padding):
+                    logits[..., rows] = -torch.inf
         else:
             loss, logits = self._supervised_loss(outputs.last_hidden_state, labels, supervised_BT, **kwargs)
         return Ma2mbaForVideoQAOutput(
@@ -530,6 +538,18 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
         # One row per sample, since the Trainer gathers predictions along the batch.
         rows = logits_KV.split(supervised_BT.sum(1).tolist())
         return loss, nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """Resize the vocabulary; every one of `new_num_tokens` is then a token, and the rows beyond are padding."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if new_num_tokens is not None and self.config.unpadded_vocab_size is not None:
+            self.config.unpadded_vocab_size = new_num_tokens
+        return embeddings
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())  # `generate` reads its signature
+    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
+        """Prepare a step of `generate`, which may choose text only: see `text_tokens_only` of [`forward`]."""
+        return {"text_tokens_only": True, **super().prepare_inputs_for_generation(*args, **kwargs)}
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # `generate` expands tensors for beams and for several samples, but not a state to continue from.

@@ -121,7 +121,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         video_options = {name: kwargs.pop(name) for name in _VIDEO_OPTIONS if name in kwargs}
         forward = {**video_options, "generate_kwargs": kwargs} if kwargs else video_options
         if candidates is not None:
-            forward["candidates"] = checked_candidates(candidates)
+            forward["candidates"] = checked_candidates(candidates, self.processor)
         return {}, forward, {}
 
     def preprocess(self, inputs):

@@ -85,10 +85,11 @@ class Ma2mbaProcessor(ProcessorMixin):
     def from_model_config(cls, config: Ma2mbaConfig, tokenizer) -> "Ma2mbaProcessor":
         """Make a processor for a new model, with the frame size, rate and normalisation of `config`.
 
-        The placeholders are added to `tokenizer` if it lacks them, and must get their ids in `config`.
+        The placeholders are added to `tokenizer` if it lacks them, and must get their ids in `config`. The number of
+        tokens becomes `config.unpadded_vocab_size`: call this method before the model or its config is saved.
 
         Raises:
-            ValueError: if they get other ids.
+            ValueError: if they get other ids, or the tokenizer has more tokens than the language model.
         """
         placeholders = {"<image>": config.image_token_id, "<video>": config.video_token_id}
         missing = [token for token in placeholders if token not in tokenizer.get_vocab()]
@@ -99,6 +100,13 @@ class Ma2mbaProcessor(ProcessorMixin):
                     f"The tokenizer gives {token} the id {token_id}, but the config expects {expected}: set "
                     "image_token_id and video_token_id of the config to the tokenizer's."
                 )
+        num_tokens, rows = max(tokenizer.get_vocab().values()) + 1, config.text_config.vocab_size
+        if num_tokens > rows:
+            raise ValueError(
+                f"The tokenizer has {num_tokens} tokens, placeholders included, but the language model has only "
+                f"{rows}: use the tokenizer that the language model was trained with."
+            )
+        config.unpadded_vocab_size = num_tokens
         side = config.vision_config.image_size
         video_processor = Ma2mbaVideoProcessor(
             size={"height": side, "width": side},

@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 from tiny import tiny_config, tiny_model
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModel
+from transformers import AutoModel, AutoProcessor
 
+from transformers_ma2mba.auto import DEFAULT_CHECKPOINT
+from transformers_ma2mba.session.answering import beginning_tokens
 from transformers_ma2mba.session.state_file import (
     StateFileError,
     cache_from_tensors,
@@ -155,7 +157,14 @@ def test_the_same_model(model, checkpoint, config, description):
 
 
 @pytest.mark.parametrize(
-    "setting", [dict(frame_rate=3.0), dict(frames_per_vision_pass=1), dict(tokens_per_pass=64)], ids=str
+    "setting",
+    [
+        dict(frame_rate=3.0),
+        dict(frames_per_vision_pass=1),
+        dict(tokens_per_pass=64),
+        dict(unpadded_vocab_size=384),
+    ],
+    ids=str,
 )
 def test_settings_of_a_run_leave_the_fingerprint(description, setting):
     assert is_same_model(describe_model(tiny_model(tiny_config(**setting)), BEGINNING), description)
@@ -193,6 +202,13 @@ def test_parameters_on_the_meta_device_count_by_name_and_shape():
     other = PlainModel("meta")
     other.small = nn.Parameter(other.small[:2])
     assert not is_same_model(describe_model(other, BEGINNING), described)
+
+
+def test_states_of_the_toy_model_stay_usable():
+    """New fields of the configuration must not change the fingerprint of a model that does not use them."""
+    toy, processor = AutoModel.from_pretrained(DEFAULT_CHECKPOINT), AutoProcessor.from_pretrained(DEFAULT_CHECKPOINT)
+    fingerprint = describe_model(toy, beginning_tokens(processor))["fingerprint"]
+    assert fingerprint == "4407630e267464278ca4d74c4a7e9f9e6a355f79cd88849a088f8aa05a4ba51b"
 
 
 def test_the_fingerprint_equals_that_in_earlier_files():

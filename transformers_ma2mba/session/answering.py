@@ -47,7 +47,8 @@ class Answerer:
         Raises:
             ValueError: if the question or the candidates are empty.
         """
-        questions, candidates = checked_questions(question, self.processor), checked_candidates(candidates)
+        questions = checked_questions(question, self.processor)
+        candidates = checked_candidates(candidates, self.processor)
         prompts = [text_after_video(self.processor, [user_message(text, with_video=True)]) for text in questions]
         results = self.answer(state(), prompts, candidates, **generate_kwargs)
         return results[0] if isinstance(question, str) else results
@@ -107,14 +108,15 @@ class Answerer:
 
     def _rank(self, input_ids: torch.Tensor, cache: Cache, candidates: list[str]) -> Iterator[list[dict]]:
         """Yield for each prompt the candidates with their shares of the likelihood, best first."""
-        outputs = self.model(input_ids=input_ids, cache_params=cache, use_cache=True, logits_to_keep=1)
+        options = dict(use_cache=True, text_tokens_only=True)
+        outputs = self.model(input_ids=input_ids, cache_params=cache, logits_to_keep=1, **options)
         tokens = [self.tokenize(candidate) for candidate in candidates]
         likelihoods = outputs.logits.new_empty(len(input_ids), len(candidates))
         for row in range(len(input_ids)):
             for indices in _batches(tokens, _MAX_COPIES):
                 candidate_ids = self._tensor([tokens[index] for index in indices])
                 copies = copy_cache(cache, rows=[row] * len(indices))
-                logits = self.model(input_ids=candidate_ids, cache_params=copies, use_cache=True).logits
+                logits = self.model(input_ids=candidate_ids, cache_params=copies, **options).logits
                 first = outputs.logits[row : row + 1].expand(len(indices), -1, -1)
                 log_probabilities = torch.cat([first, logits], dim=1).log_softmax(-1)
                 ends = candidate_ids.new_full((len(indices), 1), self.tokenizer.eos_token_id)
@@ -173,7 +175,7 @@ class VideoChat:
         The conversation continues with the first of several answers or candidates, which is the best.
         """
         [text] = checked_questions([question], self._processor)
-        candidates = checked_candidates(candidates)
+        candidates = checked_candidates(candidates, self._processor)
         with self._lock:
             messages = [*self.messages, user_message(text, with_video=not self.messages)]
             prompt = text_after_video(self._processor, messages).removeprefix(self._said)
@@ -230,22 +232,29 @@ def checked_questions(question, processor) -> list[str]:
     if not isinstance(questions, (list, tuple)) or not questions or not all(map(_is_text, questions)):
         raise ValueError(f"question must be a text or a list of texts, none of them empty; got {question!r}.")
     for text in questions:
-        if processor.video_token in text or processor.image_token in text:
+        if _has_placeholder(text, processor):
             raise ValueError(f"The question {text!r} contains a placeholder: leave it out, the prompt adds it.")
     return list(questions)
 
 
-def checked_candidates(candidates) -> list[str] | None:
+def checked_candidates(candidates, processor) -> list[str] | None:
     """Return the candidates as a list, or None without candidates.
 
     Raises:
-        ValueError: if they are no list or an empty one, or a candidate is no text or empty.
+        ValueError: if they are no list or an empty one, or a candidate is no text or empty, or contains a placeholder.
     """
     if candidates is None:
         return None
     if isinstance(candidates, str) or not candidates or not all(map(_is_text, candidates)):
         raise ValueError(f"candidates must be a list of answers, none of them empty; got {candidates!r}.")
+    for text in candidates:
+        if _has_placeholder(text, processor):
+            raise ValueError(f"The candidate {text!r} contains a placeholder, which no answer does: leave it out.")
     return list(candidates)
+
+
+def _has_placeholder(text: str, processor) -> bool:
+    return processor.video_token in text or processor.image_token in text
 
 
 def _is_text(value) -> bool:

@@ -31,6 +31,7 @@ _SETTINGS = (
     "frame_rate",
     "frames_per_vision_pass",
     "tokens_per_pass",
+    "unpadded_vocab_size",
     "transformers_version",
     "dtype",
     "architectures",
