@@ -1,4 +1,4 @@
-"""The package's structure: a face and four wings, imports in one direction."""
+"""The package's structure: a face and five wings, imports in one direction."""
 
 import ast
 from graphlib import TopologicalSorter

@@ -63,6 +63,7 @@ def test_the_published_size():
     assert (vision.hidden_size, config.vision_feature_layer, config.patches_per_side) == (1152, -1, 27)
     assert config.image_mean == config.image_std == [0.5, 0.5, 0.5]
     assert (config.image_token_id, config.video_token_id) == (50277, 50278)
+    assert config.unpadded_vocab_size == 50279  # with the placeholders
     assert config.frames_per_vision_pass == 32
     assert KNOWN_VISION_ENCODERS[SO400M].num_hidden_layers == 27
 

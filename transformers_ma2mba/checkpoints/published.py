@@ -158,6 +158,7 @@ def published_config(config: dict) -> Ma2mbaConfig:
         spatial_pool_rounding="up" if mode == "bilinear" else "down",
         image_token_id=first_placeholder,
         video_token_id=first_placeholder + 1,
+        unpadded_vocab_size=first_placeholder + 2,
         tie_word_embeddings=text_config.tie_word_embeddings,
         **normalisation,
         **{name: value for name, value in optional.items() if value is not None},

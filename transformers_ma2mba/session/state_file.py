@@ -36,6 +36,8 @@ _SETTINGS = (
     "dtype",
     "architectures",
 )
+# Config fields that were added later, with the value by which earlier models worked.
+_EARLIER = {"spatial_pool_rounding": "up"}
 
 
 class StateFileError(ValueError):
@@ -292,5 +294,7 @@ def _without_settings(config):
     return {
         str(name): _without_settings(value)
         for name, value in config.items()
-        if name not in _SETTINGS and not str(name).startswith("_")
+        if name not in _SETTINGS
+        and not str(name).startswith("_")
+        and (name not in _EARLIER or value != _EARLIER[name])
     }
