@@ -33,6 +33,7 @@ from transformers import (
 
 from transformers_ma2mba import Ma2mbaConfig, Ma2mbaForVideoQA, Ma2mbaProcessor
 from transformers_ma2mba.checkpoints.published import to_published
+from transformers_ma2mba.command_line import main
 
 LOGITS = dict(rtol=1e-5, atol=1e-5)
 SIDE = ENCODER["image_size"]
@@ -166,6 +167,13 @@ def test_configuration(encoders):
     assert isinstance(config, Ma2mbaConfig) and config.model_type == "ma2mba"
     assert (config.frame_rate, config.frames_per_vision_pass) == (2.0, 4)
     assert type(AutoModel.from_config(config)) is Ma2mbaForVideoQA
+    assert AutoConfig.from_pretrained(folder, pad_vocab_size_multiple=64, vocab_size=320).text_config.vocab_size == 320
+
+
+def test_the_plan_of_training(encoders, capsys):
+    folder = write_checkpoint(encoders / "published", authors_config(encoders / "siglip"), {})
+    assert main(["plan", "--model", str(folder), "--tokens", "4096", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 4096
 
 
 @pytest.mark.parametrize("auto_class", [AutoModelForMultimodalLM, AutoModelForImageTextToText])
@@ -324,7 +332,7 @@ def test_the_pipeline_answers(encoders, named):
         ids = [*before, IMAGE_PLACEHOLDER, *after, *words]
         pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
         logits = reference_logits(weights, config, "siglip", ids, pixels)
-        rows = logits[-len(words) - 1 : -1].log_softmax(-1)
+        rows = logits[-len(words) - 1 : -1, :382].log_softmax(-1)  # the tokenizer's tokens, without placeholders
         likelihoods.append(rows[range(len(words)), words].sum())
     expected = dict(zip(answers, torch.stack(likelihoods).softmax(0).tolist(), strict=True))
     ranked = qa(video=frames, question=question, candidates=answers)

@@ -1,6 +1,7 @@
 """The authors' configuration and weight names, read into ours and back."""
 
 import pytest
+import torch
 from tiny import tiny_text_config, tiny_vision_config
 from transformers import CLIPConfig
 
@@ -68,6 +69,18 @@ def test_the_published_size():
     assert KNOWN_VISION_ENCODERS[SO400M].num_hidden_layers == 27
 
 
+def test_weights_of_the_published_size():
+    with torch.device("meta"):
+        model = Ma2mbaForVideoQA(published_config(published()))
+    shapes = {to_published(name): tuple(weight.shape) for name, weight in model.named_parameters()}
+    assert len(shapes) == 2 + 48 * 9 + (3 + 26 * 16 + 2) + 4
+    assert shapes["backbone.embedding.weight"] == (50288, 2048)
+    assert shapes["backbone.layers.47.mixer.in_proj.weight"] == (2 * 4096 + 2 * 128 + 64, 2048)
+    assert shapes["backbone.layers.47.mixer.conv1d.weight"] == (4096 + 2 * 128, 1, 4)
+    assert shapes["mm_model.mm_projector.0.weight"] == (2048, 1152)
+    assert shapes["mm_model.vision_tower.vision_tower.vision_model.encoder.layers.25.mlp.fc1.weight"] == (4304, 1152)
+
+
 @pytest.mark.parametrize("mode, tokens", [("bilinear", 196), ("average", 169), ("max", 169)])
 def test_pooling_rounds_as_the_authors_do(mode, tokens):
     assert published_config(published(mm_spatial_pool_mode=mode)).tokens_per_frame == tokens
@@ -96,6 +109,7 @@ def test_padded_vocabulary(tokens, multiple, rows, placeholder):
     config = published_config(published(vocab_size=tokens, pad_vocab_size_multiple=multiple))
     assert config.text_config.vocab_size == rows
     assert (config.image_token_id, config.video_token_id) == (placeholder, placeholder + 1)
+    assert config.unpadded_vocab_size == placeholder + 2
 
 
 def test_options_of_the_layers():

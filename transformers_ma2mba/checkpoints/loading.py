@@ -30,7 +30,7 @@ from .published import (
     to_published,
 )
 
-# Options of `from_pretrained` that say how to reach the Hub, whichever the repository.
+# The options of `from_pretrained` that are for the Hub, and hold for every repository.
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
 _LISTED = 20
@@ -72,10 +72,8 @@ class LlavaMambaConfig(PreTrainedConfig):
         Raises:
             ValueError: see [`published_config`].
         """
-        replaced = {key: kwargs.pop(key) for key in list(kwargs) if key in config_dict or key == "tokenizer_name"}
-        read_again = {key: value for key, value in replaced.items() if key not in ("dtype", "torch_dtype")}
-        kwargs |= {key: value for key, value in replaced.items() if key not in read_again}
-        config_dict = {**config_dict, **read_again}
+        replaceable = {*config_dict, "tokenizer_name"} - {"dtype", "torch_dtype"}
+        config_dict = {**config_dict, **{key: kwargs.pop(key) for key in list(kwargs) if key in replaceable}}
         fields = published_config(config_dict).to_dict()
         places = {
             "mm_vision_tower": config_dict["mm_vision_tower"],
@@ -111,9 +109,8 @@ class LlavaMambaForVideoQA(Ma2mbaForVideoQA):
             ValueError: if the weights do not fit the configuration. The message lists them.
         """
         name = str(pretrained_model_name_or_path)
-        hub_options = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
         if not isinstance(config, PublishedMa2mbaConfig):
-            config = AutoConfig.from_pretrained(config or name, **hub_options)
+            config = AutoConfig.from_pretrained(config or name, **_hub_options(kwargs, "revision"))
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # they are in the error
         with _without_loading_report():
@@ -124,7 +121,7 @@ class LlavaMambaForVideoQA(Ma2mbaForVideoQA):
         model._weight_conversions = None  # the model saves our names
         misfits = _Misfits(model, info)
         if misfits.lacks_vision:
-            loaded = _load_vision_encoder(model, config.mm_vision_tower, hub_options)
+            loaded = _load_vision_encoder(model, config.mm_vision_tower, _hub_options(kwargs))
             misfits.missing -= loaded
             info["missing_keys"] -= loaded
         if misfits.heads:
@@ -156,14 +153,11 @@ class LlavaMambaProcessor(Ma2mbaProcessor):
             ValueError: if no tokenizer can be loaded, or it has another number of tokens than the configuration says.
         """
         name = str(pretrained_model_name_or_path)
-        hub_options = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
-        if "revision" in kwargs:
-            hub_options["revision"] = kwargs["revision"]
+        hub_options = _hub_options(kwargs, "revision")
         config = AutoConfig.from_pretrained(name, **hub_options)
         lenient = {f"_raise_exceptions_for_{case}": False for case in ("missing_entries", "connection_errors")}
         if not any(cached_file(name, file, **hub_options, **lenient) for file in _TOKENIZER_FILES):
-            name = config.tokenizer_name
-            hub_options.pop("revision", None)
+            name, hub_options = config.tokenizer_name, _hub_options(kwargs)
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, **hub_options)
         except Exception as error:  # its class depends on Transformers and on the wrong file
@@ -184,6 +178,10 @@ def with_padding_token(tokenizer):
 def published_renamings() -> list[WeightRenaming]:
     """Return the renaming of weights while they load, for `register_checkpoint_conversion_mapping`."""
     return [WeightRenaming(f"^{re.escape(theirs)}", ours) for theirs, ours in PREFIXES if theirs != ours]
+
+
+def _hub_options(kwargs: dict, *more: str) -> dict:
+    return {key: kwargs[key] for key in (*_HUB_OPTIONS, *more) if key in kwargs}
 
 
 class _Misfits:
