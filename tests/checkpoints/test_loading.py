@@ -298,6 +298,20 @@ def test_a_vision_encoder_that_does_not_fit(encoders, broken):
         AutoModel.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("files", [1, 3])
+def test_broken_files(encoders, suffix, files):
+    config = authors_config(encoders / "siglip")
+    folder = write_checkpoint(encoders / "published", config, authors_weights(config), files=files, suffix=suffix)
+    file = sorted(folder.glob(f"*.{suffix}"))[-1]
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match="published' cannot be read .*cut short: download it again"):
+        AutoModel.from_pretrained(folder)
+    file.unlink()
+    with pytest.raises(OSError, match=file.name if files > 1 else "no file"):
+        AutoModel.from_pretrained(folder)
+
+
 # Processor and pipeline
 
 
@@ -337,6 +351,17 @@ def test_the_pipeline_answers(encoders, named):
     expected = dict(zip(answers, torch.stack(likelihoods).softmax(0).tolist(), strict=True))
     ranked = qa(video=frames, question=question, candidates=answers)
     assert {entry["answer"]: pytest.approx(entry["score"], rel=1e-3) for entry in ranked} == expected
+
+
+def test_a_tokenizer_without_its_configuration(encoders):
+    folder = write_checkpoint(encoders / "published", authors_config(encoders / "clip"), {}, tiny_tokenizer())
+    (folder / "tokenizer_config.json").unlink()
+    tokenizer = AutoProcessor.from_pretrained(folder).tokenizer
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side) == (
+        "<|endoftext|>",
+        "<|padding|>",
+        "left",
+    )
 
 
 def test_a_tokenizer_that_cannot_be_loaded(encoders):

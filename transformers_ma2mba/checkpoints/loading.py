@@ -7,11 +7,14 @@ No published file was at hand when this was written; see [`published`][transform
 """
 
 import copy
+import errno
 import logging
 import re
 import warnings
 from contextlib import contextmanager
+from pickle import UnpicklingError
 
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import cached_file
@@ -32,7 +35,7 @@ from .published import (
 
 # The options of `from_pretrained` that are for the Hub, and hold for every repository.
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _LISTED = 20
 
 
@@ -106,14 +109,15 @@ class LlavaMambaForVideoQA(Ma2mbaForVideoQA):
             kwargs: options of [`PreTrainedModel.from_pretrained`].
 
         Raises:
-            ValueError: if the weights do not fit the configuration. The message lists them.
+            ValueError: if the weights do not fit the configuration, which the message lists, or a file is cut short.
+            OSError: if a file is missing.
         """
         name = str(pretrained_model_name_or_path)
         if not isinstance(config, PublishedMa2mbaConfig):
             config = AutoConfig.from_pretrained(config or name, **_hub_options(kwargs, "revision"))
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # they are in the error
-        with _without_loading_report():
+        with _without_loading_report(), _naming_broken_files(name):
             model, info = super().from_pretrained(
                 name, *model_args, config=config.plain(), output_loading_info=True, **kwargs
             )
@@ -165,13 +169,19 @@ class LlavaMambaProcessor(Ma2mbaProcessor):
                 f"The tokenizer {name!r} cannot be loaded: put its files beside config.json, or set tokenizer_name "
                 f"there to a folder with them. {error}"
             ) from error
-        return Ma2mbaProcessor.from_model_config(config.plain(), with_padding_token(tokenizer))
+        return Ma2mbaProcessor.from_model_config(config.plain(), with_special_tokens(tokenizer))
 
 
-def with_padding_token(tokenizer):
-    """Give a tokenizer without a padding token GPT-NeoX's, if it has that token, or else its end of text."""
+def with_special_tokens(tokenizer):
+    """Give a tokenizer that has no end of text or no padding token those of GPT-NeoX, if they are in its vocabulary.
+
+    A `tokenizer.json` alone names neither, and GPT-NeoX's published tokenizer names no padding token.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if tokenizer.eos_token is None and "<|endoftext|>" in vocabulary:
+        tokenizer.eos_token = "<|endoftext|>"
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = "<|padding|>" if "<|padding|>" in tokenizer.get_vocab() else tokenizer.eos_token
+        tokenizer.pad_token = "<|padding|>" if "<|padding|>" in vocabulary else tokenizer.eos_token
     return tokenizer
 
 
@@ -254,7 +264,7 @@ def _load_vision_encoder(model: Ma2mbaForVideoQA, name: str, hub_options: dict) 
         "it in config.json, to a folder with the encoder's files."
     )
     try:
-        with _without_loading_report():
+        with _without_loading_report(), _naming_broken_files(name):
             source, info = type(tower).from_pretrained(
                 name,
                 config=copy.deepcopy(model.config.vision_config),
@@ -288,3 +298,19 @@ def _without_loading_report():
         yield
     finally:
         logger.removeFilter(is_no_report)
+
+
+@contextmanager
+def _naming_broken_files(name: str):
+    """Turn the readers' errors about a file that is cut short into one that says what to do."""
+    try:
+        yield
+    except (SafetensorError, UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        # PyTorch raises a plain RuntimeError or an OSError for an invalid argument, by the place of the cut.
+        is_other_runtime_error = isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error)
+        is_other_os_error = isinstance(error, OSError) and error.errno != errno.EINVAL
+        if is_other_runtime_error or is_other_os_error:
+            raise
+        raise ValueError(
+            f"A weight file of {name!r} cannot be read ({error}). It may have been cut short: download it again."
+        ) from error
