@@ -1,0 +1,369 @@
+"""Weight files, read and written one tensor at a time: safetensors, PyTorch pickles, and shards of both.
+
+A model of any size passes through the memory of its largest tensor, because names, shapes and dtypes are read before
+any data, and a shard is written as its tensors arrive.
+"""
+
+import json
+import math
+import mmap
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import torch
+
+# The codes of https://github.com/huggingface/safetensors, by dtype.
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_LONGEST_HEADER = 100 * 2**20  # of safetensors, too
+_MAPPED_BYTES = 2**28  # of a mapped file, before its pages are given back
+
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the data in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _SafetensorsFile:
+    """The tensors of a safetensors file, read by position."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise ValueError(
+                    f"{path} is truncated or no safetensors file: its header does not fit its {size} bytes."
+                )
+            try:
+                header = json.loads(file.read(length))
+                header.pop("__metadata__", None)
+                self.info = {
+                    name: TensorInfo(tuple(entry["shape"]), _DTYPES[entry["dtype"]]) for name, entry in header.items()
+                }
+                self.starts = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
+            except (ValueError, TypeError, AttributeError, KeyError) as error:
+                raise ValueError(f"{path} has a header that cannot be read: {error!r}.") from error
+        end = max((self.starts[name] + info.num_bytes for name, info in self.info.items()), default=0)
+        if size < end:
+            raise ValueError(f"{path} is truncated: it has {size} bytes of {end}. Download or copy it again.")
+
+    def read(self, name: str) -> torch.Tensor:
+        info = self.info[name]
+        data = torch.empty(info.num_bytes, dtype=torch.uint8)
+        if info.num_bytes:
+            with open(self.path, "rb") as file:
+                file.seek(self.starts[name])
+                if file.readinto(data.numpy()) != info.num_bytes:
+                    raise ValueError(f"{self.path} became shorter while {name} was read.")
+        return data.view(info.dtype).reshape(info.shape)
+
+
+class _PickleFile:
+    """The tensors of a file that `torch.save` wrote, mapped into memory and never executed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.tensors = self._open()
+        self.info = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors.items()}
+        self.bytes_read = 0
+
+    def _open(self) -> dict[str, torch.Tensor]:
+        try:
+            try:
+                loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                # A file of before PyTorch 1.6 cannot be mapped.
+                loaded = torch.load(self.path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{self.path} is damaged or holds more than tensors, which could run code: it was not read."
+            ) from error
+        except (RuntimeError, EOFError, OSError) as error:
+            raise ValueError(
+                f"{self.path} is truncated or damaged: {(str(error) or repr(error)).splitlines()[0]}"
+            ) from error
+        if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+            raise ValueError(f"{self.path} is no dictionary of tensors, as a model's weights are.")
+        return dict(loaded)
+
+    def read(self, name: str) -> torch.Tensor:
+        if self.bytes_read > _MAPPED_BYTES:
+            self.tensors, self.bytes_read = None, 0  # unmaps the file, whose pages count as this process's memory
+            self.tensors = self._open()
+        self.bytes_read += self.info[name].num_bytes
+        return self.tensors[name].clone(memory_format=torch.contiguous_format)
+
+
+class TensorFolder(Mapping):
+    """The weights in a folder as a mapping from names to tensors, each of which is read when it is asked for.
+
+    Args:
+        folder: a folder with one of `files`.
+        files: names of weight files or of indices of shards, the preferred one first.
+
+    Raises:
+        ValueError: if there is no such file, a shard is missing, or a file is damaged; the message names the file.
+    """
+
+    def __init__(self, folder: str | os.PathLike, files: tuple[str, ...] = WEIGHT_FILES):
+        self.folder = Path(folder)
+        name = next((name for name in files if (self.folder / name).is_file()), None)
+        if name is None:
+            raise ValueError(f"There are no weights in {str(folder)!r}: expected {' or '.join(files)}.")
+        self._files = self._shards(name) if name.endswith(".json") else self._single(name)
+
+    def _single(self, name: str) -> dict:
+        file = _open(self.folder / name)
+        return dict.fromkeys(file.info, file)
+
+    def _shards(self, index: str) -> dict:
+        path = self.folder / index
+        try:
+            weight_map = json.loads(path.read_text())["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no index of shards: it has no readable weight_map.") from error
+        outside = [name for name in names if not _stays_inside(name)]
+        if outside:
+            raise ValueError(f"{path} names files outside of its folder, which are not read: {', '.join(outside)}.")
+        missing = [name for name in names if not (self.folder / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"{path} names shards that are missing: {', '.join(missing)}. Download or copy them, too."
+            )
+        shards = {name: _open(self.folder / name) for name in names}
+        absent = [f"{name} ({file})" for name, file in weight_map.items() if name not in shards[file].info]
+        if absent:
+            raise ValueError(f"{path} names tensors that their shards lack: {', '.join(absent)}.")
+        return {name: shards[file] for name, file in weight_map.items()}
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape and dtype of a tensor."""
+        return self._files[name].info[name]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._files[name].read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files  # without reading the tensor
+
+
+def _open(path: Path) -> _SafetensorsFile | _PickleFile:
+    return (_SafetensorsFile if path.suffix == ".safetensors" else _PickleFile)(path)
+
+
+def _stays_inside(name: str) -> bool:
+    """Return whether a path in an index stays in the folder. Links are followed: the Hub's cache consists of them."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return not path.is_absolute() and ".." not in path.parts and ":" not in name and path.name != ""
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor to be written: its shape and dtype now, its data later.
+
+    Args:
+        info: shape and dtype in the file.
+        read: return the tensor, of this shape and any dtype.
+    """
+
+    info: TensorInfo
+    read: Callable[[], torch.Tensor]
+
+    def bytes(self, name: str) -> memoryview:
+        """Read the tensor and return its data as it is stored."""
+        tensor = self.read()
+        if tuple(tensor.shape) != self.info.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {self.info.shape}.")
+        tensor = tensor.detach().to("cpu", self.info.dtype).contiguous()
+        return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def write_safetensors(folder: Path, tensors: dict[str, PlannedTensor], max_shard_size: int = 5 * 10**9) -> None:
+    """Write `model.safetensors`, or shards of it with their index, one tensor after the other.
+
+    Args:
+        folder: an existing folder.
+        tensors: the tensors by name. Each is read once, when it is written.
+        max_shard_size: size limit of a file in bytes; a larger tensor gets a file of its own.
+    """
+    shards: list[dict[str, PlannedTensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.info.num_bytes > max_shard_size:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.info.num_bytes
+    if len(shards) == 1:
+        _write_file(folder / "model.safetensors", tensors)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write_file(folder / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
+    metadata = {
+        "total_parameters": sum(math.prod(tensor.info.shape) for tensor in tensors.values()),
+        "total_size": sum(tensor.info.num_bytes for tensor in tensors.values()),
+    }
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_file(path: Path, tensors: dict[str, PlannedTensor]) -> None:
+    # Wide elements come first, so that each tensor is aligned to its element size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].info.dtype.itemsize, name))
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in order:
+        info = tensors[name].info
+        offsets = [end, end + info.num_bytes]
+        header[name] = {"dtype": _CODES[info.dtype], "shape": list(info.shape), "data_offsets": offsets}
+        end = offsets[1]
+    words = json.dumps(header, separators=(",", ":")).encode()
+    words += b" " * (-len(words) % 8)
+    with open(path, "wb") as file:
+        file.write(len(words).to_bytes(8, "little") + words)
+        for name in order:
+            file.write(tensors[name].bytes(name))
+
+
+def write_pickle(path: Path, tensors: dict[str, PlannedTensor], ties: Mapping[str, str] | None = None) -> None:
+    """Write a dictionary of tensors as `torch.save` does, within the memory of the largest tensor.
+
+    The tensors pass through a temporary file beside `path`, because a pickle is written in one go.
+
+    Args:
+        path: the file to write.
+        tensors: the tensors by name.
+        ties: more names, each with the name of the tensor whose storage it shares.
+    """
+    with tempfile.TemporaryFile(dir=path.parent) as file:
+        starts = {}
+        for name, tensor in tensors.items():
+            file.write(b"\0" * (-file.tell() % 64))
+            starts[name] = file.tell()
+            file.write(tensor.bytes(name))
+        file.write(b"\0")  # an empty file cannot be mapped
+        file.flush()
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        state = {name: _view(mapped, starts[name], tensor.info) for name, tensor in tensors.items()}
+        state |= {name: state[target] for name, target in (ties or {}).items()}
+        with open(path, "wb") as target:
+            torch.save(state, _UnmappingFile(target, mapped))
+
+
+def _view(mapped: mmap.mmap, start: int, info: TensorInfo) -> torch.Tensor:
+    if not info.num_bytes:
+        return torch.empty(info.shape, dtype=info.dtype)
+    return torch.frombuffer(mapped, dtype=info.dtype, count=math.prod(info.shape), offset=start).reshape(info.shape)
+
+
+class _UnmappingFile:
+    """A file to write to that gives back the pages of the mapped file it is written from."""
+
+    def __init__(self, file, mapped: mmap.mmap):
+        self.file, self.mapped, self.written = file, mapped, 0
+
+    def write(self, data) -> int:
+        self.written += len(data)
+        if self.written > _MAPPED_BYTES and hasattr(self.mapped, "madvise"):
+            self.mapped.madvise(mmap.MADV_DONTNEED)
+            self.written = 0
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary folder beside `path`, and rename it to `path` if all goes well; otherwise remove it.
+
+    Raises:
+        ValueError: if `path` exists already and is no empty folder.
+    """
+    target = Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{str(path)!r} exists already: name a new or an empty folder for the output.")
+    parent = Path(os.path.abspath(target)).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=parent))
+    try:
+        folder = temporary / target.name  # with the usual permissions, which a temporary folder does not have
+        folder.mkdir()
+        yield folder
+        if target.exists():
+            target.rmdir()
+        folder.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_tensors(
+    where: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], advice: str
+) -> None:
+    """Check that stored tensors have the names and shapes of a model's.
+
+    Args:
+        where: the folder, for the message.
+        expected: the model's shapes by name.
+        found: the stored shapes by the same names.
+        advice: a sentence that says what to do.
+
+    Raises:
+        ValueError: if names or shapes differ; the message lists all of them.
+    """
+    problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    problems += [f"left over: {name} {list(shape)}" for name, shape in found.items() if name not in expected]
+    problems += [
+        f"wrong shape: {name} is {list(found[name])}, the configuration makes it {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    if problems:
+        raise ValueError("\n  ".join([f"The weights in {where} do not fit their configuration. {advice}", *problems]))
