@@ -187,7 +187,7 @@ def original_mamba2_config(config: dict) -> Mamba2Config:
     if wrong:
         listed = ", ".join(f"{key}={value!r}" for key, value in wrong.items())
         raise ValueError(f"config.json says {listed}: only language models of plain Mamba-2 layers are supported.")
-    names = {ours: ssm[theirs] for theirs, ours in _SSM_NAMES.items() if theirs in ssm}
+    names = {ours: ssm[theirs] for theirs, ours in SSM_NAMES.items() if theirs in ssm}
     shape = {
         "head_dim": 64,
         "expand": 2,
@@ -213,7 +213,7 @@ def original_mamba2_config(config: dict) -> Mamba2Config:
 
 
 # Options of mamba-ssm's Mamba-2 layer, and the field of `Mamba2Config` for each.
-_SSM_NAMES = {
+SSM_NAMES = {
     "d_state": "state_size",
     "d_conv": "conv_kernel",
     "expand": "expand",
