@@ -1,4 +1,8 @@
-"""The command `transformers-ma2mba`: `plan` tells whether a training step fits a GPU, `ask` answers about a film."""
+"""The command `transformers-ma2mba`.
+
+`plan` tells whether a training step fits a GPU, `ask` answers about a film, and `build`, `convert` and `export` make
+checkpoints from published weights and the other way round.
+"""
 
 import argparse
 import dataclasses
@@ -8,10 +12,18 @@ import os
 import sys
 import warnings
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig, pipeline
 
+from .checkpoints import build_model
 from .configuration_ma2mba import PRESETS, Ma2mbaConfig
-from .gradient_checkpointing import OPTIMIZERS, TrainingMemory, estimate_training_memory, format_memory_size
+from .gradient_checkpointing import (
+    OPTIMIZERS,
+    TrainingMemory,
+    estimate_training_memory,
+    format_memory_size,
+    parse_memory_size,
+)
 from .session import VideoStreamError
 
 
@@ -31,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
     _add_plan(commands)
     _add_ask(commands)
+    _add_build(commands)
     options = parser.parse_args(arguments)
     return options.run(options)
 
@@ -252,6 +265,80 @@ def _ask_table(report: dict) -> str:
         lines.append(entry["question"])
         lines += [f"  {result['score']:.3f}  {result['answer']}" for result in entry.get("candidates", [entry])]
     return "\n".join(lines)
+
+
+def _add_build(commands):
+    parser = commands.add_parser(
+        "build",
+        help="put a new model together from a language model and a vision encoder",
+        description="Writes a new model from a published Mamba-2 and a published CLIP or SigLIP. The projector "
+        "between them is random and must be trained. The weights pass through memory one by one.",
+    )
+    parser.add_argument(
+        "--language_model",
+        metavar="DIR",
+        required=True,
+        help="a Mamba-2 in the original layout, in Transformers' or in Codestral's",
+    )
+    parser.add_argument(
+        "--vision_model", metavar="DIR", required=True, help="a CLIP or SigLIP in Transformers' layout"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="a folder or hub name (default: the language model's folder)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the projector's weights (default: 0)")
+    _add_output(parser)
+
+    def run(options):
+        build_model(
+            options.language_model,
+            options.vision_model,
+            options.output,
+            tokenizer=options.tokenizer,
+            dtype=options.dtype and getattr(torch, options.dtype),
+            seed=options.seed,
+            max_shard_size=options.max_shard_size,
+        )
+
+    parser.set_defaults(run=_reported(parser, run))
+
+
+def _add_output(parser: argparse.ArgumentParser):
+    """Add the options of commands that write a checkpoint in this package's layout."""
+    parser.add_argument("--output", metavar="DIR", required=True, help="a new folder for the model")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], help="of all weights (default: the language model's)"
+    )
+    parser.add_argument(
+        "--max_shard_size", metavar="SIZE", type=_size, default="5GB", help="of a weight file (default: 5GB)"
+    )
+
+
+def _reported(parser: argparse.ArgumentParser, run):
+    """Wrap a command that writes a folder: errors end it with a message, and success names the folder."""
+
+    def reported(options) -> int:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", UserWarning)
+                warnings.showwarning = lambda message, *_: print(f"{parser.prog}: warning: {message}", file=sys.stderr)
+                run(options)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        except KeyboardInterrupt:
+            print(f"{parser.prog}: interrupted", file=sys.stderr)
+            return 130
+        print(f"Wrote {options.output}.")
+        return 0
+
+    return reported
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_memory_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _above_zero(text: str) -> float:

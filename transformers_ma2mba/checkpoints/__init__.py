@@ -1,5 +1,6 @@
-"""Published checkpoints: the authors' layout, read into ours."""
+"""Published weights: their layouts, and models loaded, built, converted and exported."""
 
+from .building import build_model
 from .loading import (
     LlavaMambaConfig,
     LlavaMambaForVideoQA,

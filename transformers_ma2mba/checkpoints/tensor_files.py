@@ -35,7 +35,7 @@ _CODES = {
 }
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _LONGEST_HEADER = 100 * 2**20  # of safetensors, too
-_MAPPED_BYTES = 2**28  # of a mapped file, before its pages are given back
+_MAPPED_BYTES = 2**26  # of a mapped file, before its pages are given back
 
 WEIGHT_FILES = (
     "model.safetensors.index.json",

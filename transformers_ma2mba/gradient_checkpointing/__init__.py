@@ -2,7 +2,7 @@
 
 from .captured_tensors import CapturedTensors
 from .loss_in_pieces import can_be_in_pieces, causal_lm_loss
-from .memory_size import format_memory_size
+from .memory_size import format_memory_size, parse_memory_size
 from .multi_axis import (
     checkpointing_options,
     disable_multi_axis_checkpointing,

@@ -1,0 +1,88 @@
+"""CLIP and SigLIP vision encoders in Transformers' layout, alone or in a repository with their text tower."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
+from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+
+from .mamba2_layouts import read_json
+from .tensor_files import TensorFolder, TensorInfo, check_tensors
+
+_CONFIGS = {
+    "clip": CLIPVisionConfig,
+    "clip_vision_model": CLIPVisionConfig,
+    "siglip": SiglipVisionConfig,
+    "siglip_vision_model": SiglipVisionConfig,
+}
+_NORMALISATION = {
+    "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+}
+# Parts of a repository besides its vision encoder, and a buffer that early files stored.
+_OTHER_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
+_BUFFER = "embeddings.position_ids"
+
+
+@dataclass(frozen=True)
+class VisionEncoder:
+    """A stored vision encoder.
+
+    Args:
+        config: its configuration.
+        image_mean, image_std: the normalisation of its pixels, per channel.
+        tensors: the weights of its repository.
+        stored_names: for each parameter of the encoder, its name in the file.
+    """
+
+    config: PreTrainedConfig
+    image_mean: list[float]
+    image_std: list[float]
+    tensors: TensorFolder
+    stored_names: dict[str, str]
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape and dtype of a parameter."""
+        return self.tensors.info(self.stored_names[name])
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a parameter."""
+        return self.tensors[self.stored_names[name]]
+
+
+def open_vision_encoder(folder: str | os.PathLike) -> VisionEncoder:
+    """Open a CLIP or SigLIP vision encoder, and check its weights against its configuration.
+
+    Raises:
+        ValueError: if the folder holds another model, or weights that do not fit.
+    """
+    folder = Path(folder)
+    settings = read_json(folder / "config.json")
+    kind = settings.get("model_type")
+    if kind not in _CONFIGS:
+        raise ValueError(f"{str(folder)!r} holds a {kind!r} model; a CLIP or SigLIP vision encoder is needed.")
+    config = _CONFIGS[kind].from_dict(settings.get("vision_config") or {} if kind in ("clip", "siglip") else settings)
+    tensors = TensorFolder(folder)
+    names = {_tower_name(name): name for name in tensors if not name.startswith(_OTHER_PARTS)}
+    names.pop(_BUFFER, None)
+    with torch.device("meta"):
+        expected = {name: tuple(value.shape) for name, value in AutoModel.from_config(config).state_dict().items()}
+    found = {name: tensors.info(stored).shape for name, stored in names.items()}
+    check_tensors(str(folder), expected, found, "A CLIP or SigLIP in Transformers' layout is needed.")
+    mean, std = _NORMALISATION[config.model_type]
+    if (folder / "preprocessor_config.json").is_file():
+        preprocessing = read_json(folder / "preprocessor_config.json")
+        mean, std = preprocessing.get("image_mean", mean), preprocessing.get("image_std", std)
+    return VisionEncoder(config, list(mean), list(std), tensors, names)
+
+
+def _tower_name(stored: str) -> str:
+    """Return the name in Transformers' vision encoder, which has no prefix since version 5."""
+    return stored.removeprefix("vision_model.")
