@@ -1,4 +1,4 @@
-"""The command `transformers-ma2mba`: the options, output and error messages of `plan` and `ask`."""
+"""The command `transformers-ma2mba`: options, output and error messages."""
 
 import dataclasses
 import json
@@ -7,7 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny import ROOT, approximately, tiny_text_config
+from transformers import AutoModel
 from video_files import write_index_video
 
 from transformers_ma2mba.command_line import main
@@ -204,3 +207,51 @@ def test_a_film_that_ends_early_is_answered_with_a_warning(ask, capsys, tmp_path
     captured = capsys.readouterr()
     assert "transformers-ma2mba ask: warning: " in captured.err and "cut.mp4 ends early" in captured.err
     assert captured.out.startswith("Why?\n")
+
+
+# build, convert, export
+
+
+def test_weights_from_build_to_export_and_back(tmp_path, capsys, checkpoint):
+    """`export` takes a model apart, `build` puts one together, `convert` reads what `export` wrote."""
+    config = Ma2mbaConfig.from_pretrained(checkpoint)
+    model = AutoModel.from_pretrained(checkpoint)
+    vision = tmp_path / "clip"
+    model.model.vision_tower.save_pretrained(vision)
+
+    def run(*arguments):
+        assert main([str(argument) for argument in arguments]) == 0
+        assert capsys.readouterr().out == f"Wrote {arguments[-1]}.\n"
+        return arguments[-1]
+
+    original = run("export", checkpoint, "--layout", "original", "--output", tmp_path / "original")
+    options = ("--language_model", original, "--vision_model", vision, "--dtype", "bfloat16", "--with_shim")
+    built = run("build", *options, "--max_shard_size", "50KB", "--output", tmp_path / "built")
+    assert (built / "ma2mba_shim.py").exists() and (built / "model.safetensors.index.json").exists()
+    assert AutoModel.from_pretrained(built).dtype == torch.bfloat16
+    published = tmp_path / "published"
+    run("export", checkpoint, "--layout", "published", "--vision_tower", vision, "--output", published)
+    again = run("convert", published, "--output", tmp_path / "again")
+    weights = load_file(again / "model.safetensors")
+    assert all(
+        torch.equal(weights[name], weight) for name, weight in load_file(checkpoint / "model.safetensors").items()
+    )
+    assert Ma2mbaConfig.from_pretrained(again).tokens_per_frame == config.tokens_per_frame
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("build", "--language_model", "nowhere", "--vision_model", "nowhere", "--output", "out"),
+        ("convert", "nowhere", "--output", "out"),
+        ("export", "nowhere", "--layout", "original", "--output", "out"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_folder_that_is_missing_ends_in_one_sentence(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    assert caught.value.code == 2
+    assert "nowhere" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ import warnings
 import torch
 from transformers import AutoConfig, PreTrainedConfig, pipeline
 
-from .checkpoints import build_model
+from .checkpoints import LAYOUTS, add_shim, build_model, convert_published, export_model
 from .configuration_ma2mba import PRESETS, Ma2mbaConfig
 from .gradient_checkpointing import (
     OPTIMIZERS,
@@ -44,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     _add_plan(commands)
     _add_ask(commands)
     _add_build(commands)
+    _add_convert(commands)
+    _add_export(commands)
     options = parser.parse_args(arguments)
     return options.run(options)
 
@@ -299,18 +301,89 @@ def _add_build(commands):
             seed=options.seed,
             max_shard_size=options.max_shard_size,
         )
+        if options.with_shim:
+            add_shim(options.output)
 
     parser.set_defaults(run=_reported(parser, run))
 
 
-def _add_output(parser: argparse.ArgumentParser):
-    """Add the options of commands that write a checkpoint in this package's layout."""
-    parser.add_argument("--output", metavar="DIR", required=True, help="a new folder for the model")
+def _add_convert(commands):
+    parser = commands.add_parser(
+        "convert",
+        help="write a checkpoint of the authors' layout in this package's",
+        description="Writes a Video-Ma²mba in its authors' layout (model type llava_mamba, or mamba2 with mm_* keys) "
+        "in this package's. The weights pass through memory one by one.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="the folder of the checkpoint")
     parser.add_argument(
-        "--dtype", choices=["bfloat16", "float16", "float32"], help="of all weights (default: the language model's)"
+        "--vision_model", metavar="DIR", help="the vision encoder's folder (default: mm_vision_tower in config.json)"
     )
     parser.add_argument(
-        "--max_shard_size", metavar="SIZE", type=_size, default="5GB", help="of a weight file (default: 5GB)"
+        "--tokenizer", metavar="DIR", help="a folder or hub name (default: the checkpoint's, or the one it names)"
+    )
+    _add_output(parser)
+
+    def run(options):
+        convert_published(
+            options.source,
+            options.output,
+            vision_model=options.vision_model,
+            tokenizer=options.tokenizer,
+            dtype=options.dtype and getattr(torch, options.dtype),
+            max_shard_size=options.max_shard_size,
+        )
+        if options.with_shim:
+            add_shim(options.output)
+
+    parser.set_defaults(run=_reported(parser, run))
+
+
+def _add_export(commands):
+    parser = commands.add_parser(
+        "export",
+        help="write a saved model, or its language model, in another layout",
+        description="Writes a saved model in another layout, bit by bit. The weights pass through memory one by one.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a saved model")
+    parser.add_argument(
+        "--layout",
+        required=True,
+        choices=list(LAYOUTS),
+        help="; ".join(f"{name}: {meaning}" for name, meaning in LAYOUTS.items()),
+    )
+    parser.add_argument(
+        "--vision_tower", metavar="NAME", help="for the published layout: the vision encoder's hub name or folder"
+    )
+    _add_folder(parser)
+
+    def run(options):
+        export_model(
+            options.checkpoint,
+            options.output,
+            options.layout,
+            vision_tower=options.vision_tower,
+            max_shard_size=options.max_shard_size,
+        )
+
+    parser.set_defaults(run=_reported(parser, run))
+
+
+def _add_folder(parser: argparse.ArgumentParser):
+    """Add the options of commands that write a folder."""
+    parser.add_argument("--output", metavar="DIR", required=True, help="a new folder for the model")
+    parser.add_argument(
+        "--max_shard_size", metavar="SIZE", type=_size, default="5GB", help="of a safetensors file (default: 5GB)"
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser):
+    """Add the options of commands that write a checkpoint in this package's layout."""
+    _add_folder(parser)
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], help="of all weights (default: the stored weights')"
+    )
+    parser.add_argument(
+        "--with_shim", action="store_true", help="make the checkpoint load with trust_remote_code=True, too"
     )
 
 

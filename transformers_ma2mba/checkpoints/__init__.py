@@ -1,6 +1,8 @@
 """Published weights: their layouts, and models loaded, built, converted and exported."""
 
 from .building import build_model
+from .converting import convert_published
+from .exporting import LAYOUTS, export_model
 from .loading import (
     LlavaMambaConfig,
     LlavaMambaForVideoQA,
@@ -9,3 +11,4 @@ from .loading import (
     published_renamings,
 )
 from .published import MODEL_TYPE
+from .shim import add_shim

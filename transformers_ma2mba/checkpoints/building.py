@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..configuration_ma2mba import Ma2mbaConfig
 from ..modeling_ma2mba import Ma2mbaForVideoQA
 from ..processing_ma2mba import Ma2mbaProcessor
+from .loading import with_special_tokens
 from .mamba2_layouts import TOKENIZERS, LanguageModel, open_language_model
 from .tensor_files import PlannedTensor, TensorInfo, check_tensors, new_folder, write_safetensors
 from .vision_encoders import VisionEncoder, open_vision_encoder
@@ -58,6 +59,11 @@ def build_model(
     return config
 
 
+def has_tokenizer(folder: str | os.PathLike) -> bool:
+    """Return whether a folder holds a tokenizer."""
+    return any((Path(folder) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+
+
 def load_tokenizer(name: str | os.PathLike, advice: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer.
 
@@ -69,16 +75,13 @@ def load_tokenizer(name: str | os.PathLike, advice: str) -> PreTrainedTokenizerB
         ValueError: if there is none.
     """
     needed = f"{advice}: name its folder with --tokenizer."
-    if os.path.isdir(name) and not any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
+    if os.path.isdir(name) and not has_tokenizer(name):
         raise ValueError(f"There is no tokenizer in {str(name)!r}. {needed}")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return with_special_tokens(AutoTokenizer.from_pretrained(name))
     except Exception as error:  # its class depends on Transformers and on the wrong file
         reason = next(iter(str(error).splitlines()), repr(error))
         raise ValueError(f"The tokenizer in {str(name)!r} cannot be loaded ({reason}). {needed}") from error
-
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def _joint_config(language: LanguageModel, vision: VisionEncoder, tokenizer: PreTrainedTokenizerBase) -> Ma2mbaConfig:

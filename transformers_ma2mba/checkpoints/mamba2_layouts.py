@@ -121,7 +121,7 @@ def open_language_model(folder: str | os.PathLike) -> LanguageModel:
         expected = {name: tuple(value.shape) for name, value in Mamba2ForCausalLM(config).state_dict().items()}
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
-        _drop_tied_head(folder, tensors, names)
+        drop_tied_head(folder, tensors, names, "backbone.embeddings.weight")
         shapes.pop("lm_head.weight", None)
     check_tensors(str(folder), expected, shapes, _ADVICE)
     return LanguageModel(layout, config, tensors, {name: names[name] for name in expected})
@@ -165,10 +165,22 @@ def _stored_names(folder: Path, tensors: TensorFolder) -> dict[str, str]:
     return names
 
 
-def _drop_tied_head(folder: Path, tensors: TensorFolder, names: dict[str, str]) -> None:
-    """Drop the head of a tied model, which must equal the embeddings."""
+def drop_tied_head(folder: Path, tensors: TensorFolder, names: dict[str, str], embeddings: str) -> None:
+    """Drop the stored head of a tied model, which must equal the embeddings.
+
+    Args:
+        folder: the folder, for the message.
+        tensors: its weights.
+        names: stored names by the names of a model; `lm_head.weight` is removed.
+        embeddings: the name of the embeddings in the model.
+
+    Raises:
+        ValueError: if the head differs from the embeddings.
+    """
     head = names.pop("lm_head.weight", None)
-    if head is not None and _digest(tensors[head]) != _digest(tensors[names["backbone.embeddings.weight"]]):
+    if head is None or embeddings not in names:
+        return
+    if _digest(tensors[head]) != _digest(tensors[names[embeddings]]):
         raise ValueError(
             f"The configuration in {str(folder)!r} ties the head to the embeddings, but {head} differs from them: set "
             "tie_embeddings (or tie_word_embeddings) to false."

@@ -72,6 +72,8 @@ def open_vision_encoder(folder: str | os.PathLike) -> VisionEncoder:
     tensors = TensorFolder(folder)
     names = {_tower_name(name): name for name in tensors if not name.startswith(_OTHER_PARTS)}
     names.pop(_BUFFER, None)
+    if config.model_type == "siglip_vision_model" and not any(name.startswith("head.") for name in names):
+        config.vision_use_head = False  # a pooling head, of which the model makes no use
     with torch.device("meta"):
         expected = {name: tuple(value.shape) for name, value in AutoModel.from_config(config).state_dict().items()}
     found = {name: tensors.info(stored).shape for name, stored in names.items()}

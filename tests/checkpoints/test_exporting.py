@@ -1,0 +1,201 @@
+"""Export: stock Mamba-2 and the plain reference give equal logits, and all that is written comes back bit by bit."""
+
+import json
+
+import original_mamba2 as original
+import pytest
+import torch
+from references import authors_config, authors_weights, random_weights, vision_shapes, write_checkpoint, write_encoder
+from safetensors.torch import load_file
+from tiny import random_pixels, tiny_config, tiny_model, tiny_processor
+from transformers import AutoModel, AutoTokenizer, Mamba2ForCausalLM
+
+from transformers_ma2mba import Ma2mbaForVideoQA
+from transformers_ma2mba.checkpoints.building import build_model
+from transformers_ma2mba.checkpoints.converting import convert_published
+from transformers_ma2mba.checkpoints.exporting import export_model
+from transformers_ma2mba.checkpoints.tensor_files import TensorFolder
+
+IDS = [5, 9, 300, 17, 2, 41, 8]
+
+
+def save(folder, tie=True, dtype=torch.float32, kind="clip", **options) -> Ma2mbaForVideoQA:
+    """A saved model with its processor."""
+    config = tiny_config(kind, text={"tie_word_embeddings": tie}, tie_word_embeddings=tie, **options)
+    processor = tiny_processor(config)
+    model = tiny_model(config, dtype=dtype)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model
+
+
+def same_bits(found, expected):
+    found, expected = dict(found), dict(expected)
+    assert found.keys() == expected.keys()
+    return all(found[name].dtype == w.dtype and torch.equal(found[name], w) for name, w in expected.items())
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [5 * 10**9, 20_000], ids=["one-file", "shards"])
+def test_stock_mamba2_gives_equal_logits(tmp_path, tie, dtype, size):
+    model = save(tmp_path / "model", tie, dtype)
+    export_model(tmp_path / "model", tmp_path / "stock", "transformers", max_shard_size=size)
+    stock, info = Mamba2ForCausalLM.from_pretrained(tmp_path / "stock", output_loading_info=True)
+    assert not any(info.values()), info
+    assert stock.dtype == dtype and (stock.lm_head.weight is stock.get_input_embeddings().weight) == tie
+    language = model.model.language_model.state_dict()
+    assert same_bits(stock.backbone.state_dict(), language)
+    stock, model = stock.float(), model.float()
+    with torch.no_grad():
+        found, expected = (either(torch.tensor([IDS])).logits for either in (stock, model))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "stock").tokenize("red green")
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_the_original_layout_gives_the_reference_s_logits(tmp_path, tie):
+    model = save(tmp_path / "model", tie)
+    export_model(tmp_path / "model", tmp_path / "original", "original")
+    config = json.loads((tmp_path / "original" / "config.json").read_text())
+    state = torch.load(tmp_path / "original" / "pytorch_model.bin", weights_only=True)
+    assert "lm_head.weight" in state and "backbone.embedding.weight" in state
+    with torch.no_grad():
+        found = model(torch.tensor([IDS])).logits[0]
+    torch.testing.assert_close(found, original.logits(config, state, IDS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["original", "transformers"])
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_language_model_comes_back_bit_by_bit(tmp_path, layout, tie, dtype):
+    """Original, built, exported: the same file, also with the padded vocabulary and the head."""
+    config = original.settings(tie_embeddings=tie)
+    state = original.weights(config, dtype=dtype)
+    original.write_original(tmp_path / "source", config, state)
+    save(tmp_path / "other")
+    write_encoder(tmp_path / "clip", "clip", random_weights(vision_shapes("clip", 3)))
+    build_model(tmp_path / "source", tmp_path / "clip", tmp_path / "built", tokenizer=tmp_path / "other")
+    export_model(tmp_path / "built", tmp_path / "again", layout)
+    if layout == "original":
+        assert same_bits(torch.load(tmp_path / "again" / "pytorch_model.bin", weights_only=True), state)
+        return
+    named = {name.replace("embedding.", "embeddings."): weight for name, weight in state.items()}
+    if tie:
+        del named["lm_head.weight"]
+    assert same_bits(load_file(tmp_path / "again" / "model.safetensors"), named)
+
+
+# The authors' layout
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder in the authors' layout, with its encoder beside it, and the folder of a tokenizer."""
+
+    def write(kind="siglip", dtype=torch.float32, changes=None, **options):
+        write_encoder(tmp_path / kind, kind, random_weights(vision_shapes(kind, 3), seed=1))
+        config = {**authors_config(tmp_path / kind), **(changes or {})}
+        weights = {name: weight.to(dtype) for name, weight in authors_weights(config, kind).items()}
+        save(tmp_path / "other")
+        return write_checkpoint(tmp_path / "published", config, weights, **options), weights
+
+    return write
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip"])
+@pytest.mark.parametrize("mode", ["bilinear", "average"])
+@pytest.mark.parametrize("model_type", ["llava_mamba", "mamba2"])
+def test_a_published_checkpoint_is_converted(tmp_path, published, kind, mode, model_type):
+    folder, _ = published(kind, changes={"mm_spatial_pool_mode": mode})
+    expected = AutoModel.from_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "model_type": model_type}))
+    convert_published(folder, tmp_path / "ours", tokenizer=tmp_path / "other")
+    model, info = AutoModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert type(model) is Ma2mbaForVideoQA and not any(info.values()), info
+    assert model.config.spatial_pool_rounding == ("up" if mode == "bilinear" else "down")
+    ids = torch.tensor([[5, *[model.config.video_token_id] * 2 * model.config.tokens_per_frame, 9, 7]])
+    pixels = random_pixels(2, model.config.vision_config.image_size)
+    with torch.no_grad():
+        found, logits = (m(ids, pixel_values_videos=pixels).logits for m in (model, expected))
+    assert torch.equal(found, logits)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"files": 10, "suffix": "bin"}], ids=["one-file", "ten-files"])
+def test_a_published_checkpoint_comes_back_bit_by_bit(tmp_path, published, kind, dtype, options):
+    folder, weights = published(kind, dtype, **options)
+    convert_published(folder, tmp_path / "ours", tokenizer=tmp_path / "other")
+    export_model(tmp_path / "ours", tmp_path / "again", "published", vision_tower=str(tmp_path / kind))
+    again = dict(TensorFolder(tmp_path / "again"))
+    assert same_bits({name: again[name] for name in weights}, weights)
+    settings, before = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "again", folder))
+    for name in ("d_model", "n_layer", "mm_vision_tower", "mm_spatial_pool_mode", "tie_embeddings", "vocab_size"):
+        assert settings[name] == before[name], name
+    assert type(AutoModel.from_pretrained(tmp_path / "again")) is Ma2mbaForVideoQA
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip"])
+def test_vision_weights_may_lie_in_their_own_repository(tmp_path, published, kind):
+    folder, weights = published(kind)
+    write_checkpoint(
+        folder,
+        json.loads((folder / "config.json").read_text()),
+        {name: weight for name, weight in weights.items() if "vision_tower" not in name},
+    )
+    convert_published(folder, tmp_path / "ours", tokenizer=tmp_path / "other")
+    encoder = load_file(tmp_path / kind / "model.safetensors")
+    for name, weight in load_file(tmp_path / "ours" / "model.safetensors").items():
+        if name.startswith("model.vision_tower."):
+            own = name.removeprefix("model.vision_tower.")
+            assert torch.equal(weight, encoder.get(own, encoder.get(f"vision_model.{own}")))
+
+
+def test_heads_of_a_frame_selector_are_named(tmp_path, published):
+    folder, weights = published()
+    write_checkpoint(
+        folder, json.loads((folder / "config.json").read_text()), {**weights, "key_head.weight": torch.ones(2)}
+    )
+    with pytest.warns(UserWarning, match="frame selector .* left out: key_head.weight"):
+        convert_published(folder, tmp_path / "ours", tokenizer=tmp_path / "other")
+
+
+def test_settings_without_a_place_in_the_authors_layout(tmp_path):
+    save(tmp_path / "model", projector_hidden_act="relu", image_mean=[0.1, 0.1, 0.1], vision_feature_layer=-1)
+    write_encoder(tmp_path / "clip", "clip", random_weights(vision_shapes("clip", 3)))
+    with pytest.raises(ValueError, match="name it with --vision_tower"):
+        export_model(tmp_path / "model", tmp_path / "out", "published")
+    with pytest.raises(ValueError, match="projector_hidden_act = 'relu' would become 'gelu'; .*image_mean = "):
+        export_model(tmp_path / "model", tmp_path / "out", "published", vision_tower=str(tmp_path / "clip"))
+    assert not (tmp_path / "out").exists()
+
+
+# Errors
+
+
+def test_other_models_are_refused(tmp_path, published):
+    folder, _ = published()
+    with pytest.raises(ValueError, match="holds a 'llava_mamba' model; export takes a saved Ma2mbaForVideoQA"):
+        export_model(folder, tmp_path / "out", "original")
+    with pytest.raises(ValueError, match="no Video-Ma²mba in its authors' layout"):
+        convert_published(tmp_path / "other", tmp_path / "out")
+    with pytest.raises(ValueError, match="no layout 'gguf'"):
+        export_model(tmp_path / "other", tmp_path / "out", "gguf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_do_not_fit_are_listed(tmp_path, published):
+    folder, weights = published()
+    name = "backbone.layers.0.mixer.D"
+    rest = {key: weight for key, weight in weights.items() if key != "backbone.norm_f.weight"}
+    write_checkpoint(
+        folder, json.loads((folder / "config.json").read_text()), {**rest, name: torch.ones(3), "other": torch.ones(1)}
+    )
+    with pytest.raises(ValueError) as caught:
+        convert_published(folder, tmp_path / "ours", tokenizer=tmp_path / "other")
+    lines = str(caught.value).splitlines()
+    assert lines[1].startswith("  missing: model.language_model.norm_f.weight")
+    assert lines[2].startswith("  left over: other")
+    assert lines[3].startswith("  wrong shape: model.language_model.layers.0.mixer.D is [3]")
