@@ -35,7 +35,7 @@ _CODES = {
 }
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _LONGEST_HEADER = 100 * 2**20  # of safetensors, too
-_MAPPED_BYTES = 2**26  # of a mapped file, before its pages are given back
+_MAPPED_BYTES = 2**25  # of a mapped file, before its pages are given back
 
 WEIGHT_FILES = (
     "model.safetensors.index.json",
@@ -125,10 +125,11 @@ class _PickleFile:
         return dict(loaded)
 
     def read(self, name: str) -> torch.Tensor:
-        if self.bytes_read > _MAPPED_BYTES:
+        num_bytes = self.info[name].num_bytes
+        if self.bytes_read and self.bytes_read + num_bytes > _MAPPED_BYTES:
             self.tensors, self.bytes_read = None, 0  # unmaps the file, whose pages count as this process's memory
             self.tensors = self._open()
-        self.bytes_read += self.info[name].num_bytes
+        self.bytes_read += num_bytes
         return self.tensors[name].clone(memory_format=torch.contiguous_format)
 
 
