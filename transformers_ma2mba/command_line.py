@@ -296,13 +296,9 @@ def _add_build(commands):
             options.language_model,
             options.vision_model,
             options.output,
-            tokenizer=options.tokenizer,
-            dtype=options.dtype and getattr(torch, options.dtype),
             seed=options.seed,
-            max_shard_size=options.max_shard_size,
+            **_written(options),
         )
-        if options.with_shim:
-            add_shim(options.output)
 
     parser.set_defaults(run=_reported(parser, run))
 
@@ -328,12 +324,8 @@ def _add_convert(commands):
             options.source,
             options.output,
             vision_model=options.vision_model,
-            tokenizer=options.tokenizer,
-            dtype=options.dtype and getattr(torch, options.dtype),
-            max_shard_size=options.max_shard_size,
+            **_written(options),
         )
-        if options.with_shim:
-            add_shim(options.output)
 
     parser.set_defaults(run=_reported(parser, run))
 
@@ -387,6 +379,12 @@ def _add_output(parser: argparse.ArgumentParser):
     )
 
 
+def _written(options: argparse.Namespace) -> dict:
+    """Return the arguments of functions that write a checkpoint in this package's layout."""
+    dtype = options.dtype and getattr(torch, options.dtype)
+    return {"tokenizer": options.tokenizer, "dtype": dtype, "max_shard_size": options.max_shard_size}
+
+
 def _reported(parser: argparse.ArgumentParser, run):
     """Wrap a command that writes a folder: errors end it with a message, and success names the folder."""
 
@@ -396,6 +394,8 @@ def _reported(parser: argparse.ArgumentParser, run):
                 warnings.simplefilter("always", UserWarning)
                 warnings.showwarning = lambda message, *_: print(f"{parser.prog}: warning: {message}", file=sys.stderr)
                 run(options)
+                if getattr(options, "with_shim", False):
+                    add_shim(options.output)
         except (ValueError, OSError) as error:
             parser.error(str(error))
         except KeyboardInterrupt:

@@ -16,7 +16,7 @@ PRESETS = {
     "3.1b": {"num_hidden_layers": 64, "hidden_size": 2560, "num_heads": 80},
 }
 
-_CLIP_VIT_LARGE_336 = {
+CLIP_VIT_LARGE_336 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -86,7 +86,7 @@ class Ma2mbaConfig(PreTrainedConfig):
     model_type = "ma2mba"
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(
-            config_class=AutoConfig, model_type="clip_vision_model", init_kwargs=_CLIP_VIT_LARGE_336
+            config_class=AutoConfig, model_type="clip_vision_model", init_kwargs=CLIP_VIT_LARGE_336
         ),
         "text_config": SubConfigSpec(
             config_class=AutoConfig, model_type="mamba2", init_kwargs={**_MAMBA2, **PRESETS["3.1b"]}

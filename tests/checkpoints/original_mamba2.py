@@ -106,13 +106,19 @@ def mixer(u, w, size):
 def logits(config: dict, state: dict[str, torch.Tensor], ids: list[int]) -> torch.Tensor:
     """`(T, rows)` predictions in float32, whatever the dtype of the weights."""
     state = {name: value.float() for name, value in state.items()}
-    residual = state["backbone.embedding.weight"][ids]
+    return logits_of_embeddings(config, state, state["backbone.embedding.weight"][ids])
+
+
+def logits_of_embeddings(config: dict, state: dict[str, torch.Tensor], embeddings: torch.Tensor) -> torch.Tensor:
+    """`(T, rows)` predictions for `(T, width)` embeddings of one sequence, in the dtype of both."""
+    residual = embeddings
     for layer in range(config["n_layer"]):
         prefix = f"backbone.layers.{layer}."
         own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         own_mixer = {name.removeprefix("mixer."): value for name, value in own.items() if name.startswith("mixer.")}
         residual = residual + mixer(rms_norm(residual, own["norm.weight"]), own_mixer, sizes(config))
-    return rms_norm(residual, state["backbone.norm_f.weight"]) @ state["lm_head.weight"].T
+    head = state["backbone.embedding.weight" if config["tie_embeddings"] else "lm_head.weight"]
+    return rms_norm(residual, state["backbone.norm_f.weight"]) @ head.T
 
 
 def in_shards(folder, state, number, stem, kind):

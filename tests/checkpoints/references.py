@@ -1,13 +1,12 @@
 """The authors' model in plain PyTorch, token by token, and its files, independent of the package.
 
-The language model follows the Mamba-2 paper (arXiv:2405.21060, sections 6 and 7) and the order of the original module:
-`in_proj`, a split into z, xBC and dt, a causal convolution with SiLU, the recurrence, a gated RMSNorm, `out_proj`. The
-vision path follows the facts about the authors' code. Weights are dicts with the authors' names. Shape suffixes: T
-tokens, D width, E inner width, H heads, P head dim, G groups, N state size; F frames, S patches along a side.
+The language model is that of `original_mamba2.py`. The vision path follows the facts about the authors' code. Weights
+are dicts with the authors' names. Shape suffixes: T tokens, D width, F frames, S patches along a side.
 """
 
 import json
 
+import original_mamba2
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -34,20 +33,9 @@ ENCODER = {
 def authors_config(vision_tower, **changes) -> dict:
     """The `config.json` of a tiny model in the authors' layout, with two layers and 382 tokens in 384 rows."""
     config = {
+        **original_mamba2.settings(vocab_size=382),
         "architectures": ["LlavaMambaForCausalLM"],
         "model_type": "llava_mamba",
-        "d_model": 32,
-        "d_intermediate": 0,
-        "n_layer": 2,
-        "vocab_size": 382,
-        "ssm_cfg": {"layer": "Mamba2", "d_state": 16, "headdim": 16, "chunk_size": 8},
-        "attn_layer_idx": [],
-        "attn_cfg": {},
-        "rms_norm": True,
-        "residual_in_fp32": True,
-        "fused_add_norm": True,
-        "pad_vocab_size_multiple": 16,
-        "tie_embeddings": True,
         "mm_vision_tower": str(vision_tower),
         "mm_hidden_size": ENCODER["hidden_size"],
         "mm_projector_type": "mlp2x_gelu",
@@ -203,51 +191,6 @@ def write_encoder(folder, kind: str, weights: dict[str, torch.Tensor] | None = N
 # The language model
 
 
-def rms_norm(x, weight):
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * weight
-
-
-def mamba2_mixer(weights: dict, prefix: str, config: dict, u_TD: torch.Tensor) -> torch.Tensor:
-    """A layer's mixer, with its recurrence one token at a time."""
-    ssm = {"d_state": 128, "headdim": 64, "ngroups": 1, "expand": 2, "d_conv": 4, **config["ssm_cfg"]}
-    N, P, G = ssm["d_state"], ssm["headdim"], ssm["ngroups"]
-    E = ssm["expand"] * config["d_model"]
-    H = E // P
-    z_TE, xBC, dt_TH = (u_TD @ weights[prefix + "in_proj.weight"].T).split([E, E + 2 * G * N, H], dim=-1)
-
-    taps = weights[prefix + "conv1d.weight"][:, 0]  # (channels, d_conv); the last tap is for the token itself
-    padded = F.pad(xBC, (0, 0, taps.shape[1] - 1, 0))
-    mixed = sum(padded[tap : tap + len(xBC)] * taps[:, tap] for tap in range(taps.shape[1]))
-    x, B, C = F.silu(mixed + weights[prefix + "conv1d.bias"]).split([E, G * N, G * N], dim=-1)
-
-    dt_TH = F.softplus(dt_TH + weights[prefix + "dt_bias"])
-    A_H, D_H = -weights[prefix + "A_log"].exp(), weights[prefix + "D"]
-    state_HPN = u_TD.new_zeros(H, P, N)
-    rows = []
-    for t in range(len(u_TD)):
-        x_HP = x[t].view(H, P)
-        B_HN, C_HN = (rows_GN[t].view(G, N).repeat_interleave(H // G, 0) for rows_GN in (B, C))
-        decay_H = (dt_TH[t] * A_H).exp()
-        written = (dt_TH[t, :, None] * x_HP)[:, :, None] * B_HN[:, None, :]
-        state_HPN = decay_H[:, None, None] * state_HPN + written
-        rows.append(((state_HPN * C_HN[:, None, :]).sum(-1) + D_H[:, None] * x_HP).flatten())
-    y_TE = torch.stack(rows) * F.silu(z_TE)
-    y_TE = rms_norm(y_TE.unflatten(-1, (G, E // G)), 1.0).flatten(-2) * weights[prefix + "norm.weight"]
-    return y_TE @ weights[prefix + "out_proj.weight"].T
-
-
-def mamba2_logits(weights: dict, config: dict, embeddings_TD: torch.Tensor) -> torch.Tensor:
-    """Logits `(T, rows)` of an original Mamba-2 for the embeddings of one sequence."""
-    residual = embeddings_TD
-    for layer in range(config["n_layer"]):
-        prefix = f"backbone.layers.{layer}."
-        normed = rms_norm(residual, weights[prefix + "norm.weight"])
-        residual = residual + mamba2_mixer(weights, prefix + "mixer.", config, normed)
-    hidden = rms_norm(residual, weights["backbone.norm_f.weight"])
-    head = weights["backbone.embedding.weight" if config["tie_embeddings"] else "lm_head.weight"]
-    return hidden @ head.T
-
-
 # The vision path
 
 
@@ -331,7 +274,7 @@ def reference_logits(weights: dict, config: dict, kind: str, ids: list[int], fra
     place, embedding = ids.index(IMAGE_PLACEHOLDER), weights["backbone.embedding.weight"]
     film = frame_tokens(weights, config, kind, frames, prefix).flatten(0, 1)
     before, after = embedding[ids[:place]], embedding[ids[place + 1 :]]
-    return mamba2_logits(weights, config, torch.cat([before, film, after])).float()
+    return original_mamba2.logits_of_embeddings(config, weights, torch.cat([before, film, after])).float()
 
 
 def _patches_per_side() -> int:

@@ -23,7 +23,7 @@ import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from .published import SSM_NAMES, is_published_config, original_mamba2_config
-from .tensor_files import TensorFolder, TensorInfo, check_tensors
+from .tensor_files import StoredWeights, TensorFolder, check_tensors
 
 TOKENIZERS = {
     "original": "The original Mamba-2 models have none of their own and use that of EleutherAI/gpt-neox-20b",
@@ -36,29 +36,16 @@ _ADVICE = "Is the configuration that of these weights? Download or copy both aga
 
 
 @dataclass(frozen=True)
-class LanguageModel:
-    """A stored Mamba-2.
+class LanguageModel(StoredWeights):
+    """A stored Mamba-2, its weights under the names of `Mamba2ForCausalLM`; of a tied head only the embeddings.
 
     Args:
         layout: `"original"`, `"transformers"` or `"codestral"`.
         config: its configuration in Transformers.
-        tensors: its weights.
-        stored_names: for each parameter of `Mamba2ForCausalLM`, its name in the file. Of a tied head only the
-            embeddings are listed.
     """
 
     layout: str
     config: Mamba2Config
-    tensors: TensorFolder
-    stored_names: dict[str, str]
-
-    def info(self, name: str) -> TensorInfo:
-        """Return shape and dtype of a parameter of `Mamba2ForCausalLM`."""
-        return self.tensors.info(self.stored_names[name])
-
-    def read(self, name: str) -> torch.Tensor:
-        """Read a parameter of `Mamba2ForCausalLM`."""
-        return self.tensors[self.stored_names[name]]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,7 +111,7 @@ def open_language_model(folder: str | os.PathLike) -> LanguageModel:
         drop_tied_head(folder, tensors, names, "backbone.embeddings.weight")
         shapes.pop("lm_head.weight", None)
     check_tensors(str(folder), expected, shapes, _ADVICE)
-    return LanguageModel(layout, config, tensors, {name: names[name] for name in expected})
+    return LanguageModel(tensors, {name: names[name] for name in expected}, layout, config)
 
 
 def _recognise(folder: Path) -> tuple[str, dict]:

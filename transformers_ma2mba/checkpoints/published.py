@@ -9,7 +9,7 @@ import re
 
 from transformers import AutoConfig, CLIPVisionConfig, Mamba2Config, PreTrainedConfig, SiglipVisionConfig
 
-from ..configuration_ma2mba import Ma2mbaConfig
+from ..configuration_ma2mba import CLIP_VIT_LARGE_336, Ma2mbaConfig
 
 MODEL_TYPE = "llava_mamba"
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
@@ -18,15 +18,6 @@ DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 _GPT_NEOX_TOKENS = 50277
 
 # Vision encoders whose configuration is known without a download.
-_CLIP_LARGE_336 = CLIPVisionConfig(
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    image_size=336,
-    patch_size=14,
-    projection_dim=768,
-)
 _SIGLIP_SO400M_384 = SiglipVisionConfig(
     hidden_size=1152,
     intermediate_size=4304,
@@ -36,7 +27,7 @@ _SIGLIP_SO400M_384 = SiglipVisionConfig(
     patch_size=14,
 )
 KNOWN_VISION_ENCODERS = {
-    "openai/clip-vit-large-patch14-336": _CLIP_LARGE_336,
+    "openai/clip-vit-large-patch14-336": CLIPVisionConfig(**CLIP_VIT_LARGE_336),
     "google/siglip-so400m-patch14-384": _SIGLIP_SO400M_384,
 }
 

@@ -193,6 +193,27 @@ class TensorFolder(Mapping):
         return name in self._files  # without reading the tensor
 
 
+@dataclass(frozen=True)
+class StoredWeights:
+    """The weights of a model under the model's own names.
+
+    Args:
+        tensors: the weights as they are stored.
+        stored_names: for each parameter of the model, its name in the file.
+    """
+
+    tensors: TensorFolder
+    stored_names: dict[str, str]
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape and dtype of a parameter."""
+        return self.tensors.info(self.stored_names[name])
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a parameter."""
+        return self.tensors[self.stored_names[name]]
+
+
 def _open(path: Path) -> _SafetensorsFile | _PickleFile:
     return (_SafetensorsFile if path.suffix == ".safetensors" else _PickleFile)(path)
 

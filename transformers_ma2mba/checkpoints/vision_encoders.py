@@ -14,7 +14,7 @@ from transformers.image_utils import (
 )
 
 from .mamba2_layouts import read_json
-from .tensor_files import TensorFolder, TensorInfo, check_tensors
+from .tensor_files import StoredWeights, TensorFolder, check_tensors
 
 _CONFIGS = {
     "clip": CLIPVisionConfig,
@@ -32,29 +32,17 @@ _BUFFER = "embeddings.position_ids"
 
 
 @dataclass(frozen=True)
-class VisionEncoder:
+class VisionEncoder(StoredWeights):
     """A stored vision encoder.
 
     Args:
         config: its configuration.
         image_mean, image_std: the normalisation of its pixels, per channel.
-        tensors: the weights of its repository.
-        stored_names: for each parameter of the encoder, its name in the file.
     """
 
     config: PreTrainedConfig
     image_mean: list[float]
     image_std: list[float]
-    tensors: TensorFolder
-    stored_names: dict[str, str]
-
-    def info(self, name: str) -> TensorInfo:
-        """Return shape and dtype of a parameter."""
-        return self.tensors.info(self.stored_names[name])
-
-    def read(self, name: str) -> torch.Tensor:
-        """Read a parameter."""
-        return self.tensors[self.stored_names[name]]
 
 
 def open_vision_encoder(folder: str | os.PathLike) -> VisionEncoder:
@@ -82,7 +70,7 @@ def open_vision_encoder(folder: str | os.PathLike) -> VisionEncoder:
     if (folder / "preprocessor_config.json").is_file():
         preprocessing = read_json(folder / "preprocessor_config.json")
         mean, std = preprocessing.get("image_mean", mean), preprocessing.get("image_std", std)
-    return VisionEncoder(config, list(mean), list(std), tensors, names)
+    return VisionEncoder(tensors, names, config, list(mean), list(std))
 
 
 def _tower_name(stored: str) -> str:
