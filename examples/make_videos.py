@@ -1,4 +1,4 @@
-"""Write short .mp4 films with questions that no single frame can answer, in the LLaVA-Video format.
+"""Write .mp4 films with questions that no single frame can answer, in the LLaVA-Video format.
 
     python examples/make_videos.py --output_dir demo/data
 
@@ -10,9 +10,17 @@ Each film has five events, each at its own time and place, and six kinds of ques
     bottom right  a lamp blinks                           count: how often?
     whole frame   a coloured flash of one second          flash: which colour?
 
-`train.json`, `validation.json` and `long.json` (films four times as long as the longest training film) list rows of
-`video`, `conversations` (human and gpt turns, one question of each kind) and `kinds`. The same seed gives the same
-files. To train on real data, give `examples/train.py` a list of the same format.
+Five lists have rows of `video`, `conversations` (human and gpt turns, one question of each kind) and `kinds`:
+
+    train.json         clips of 8 to 20 seconds
+    train_films.json   films of 8 seconds to two hours, equally many of each length on a logarithmic scale
+    validation.json    clips of 8 to 20 seconds
+    long.json          films of 80 seconds
+    hours.json         films of two hours
+
+All are H.264. The films of `train_films.json` have a variable frame rate: a frame for each change of the picture, as
+in recordings of a screen, so that hundreds of them are written and read in seconds. The others have all frames. The
+same seed gives the same files. To train on real data, give `examples/train.py` a list of the same format.
 """
 
 import argparse
@@ -20,6 +28,8 @@ import json
 import math
 import random
 from concurrent.futures import ProcessPoolExecutor
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -65,8 +75,8 @@ def plan_film(seconds: int, answers: dict[str, str], rng: random.Random) -> dict
     }
 
 
-def render(film: dict):
-    """Yield the film's frames, `(SIDE, SIDE, 3)` uint8."""
+def paint(film: dict):
+    """Return a function from seconds to the picture that the film then shows, `(SIDE, SIDE, 3)` uint8."""
     half = SIDE // 2
     rows, columns = np.mgrid[:half, :half]  # of one quarter of the frame
     x = y = half // 2
@@ -81,45 +91,76 @@ def render(film: dict):
     texture = np.random.default_rng(film["texture"]).integers(20, 40, size=(SIDE // 8, SIDE // 8, 1), dtype=np.uint8)
     background = texture.repeat(8, 0).repeat(8, 1).repeat(3, 2)
 
-    for second in range(film["seconds"]):
-        still = background.copy()
-        top_left, bottom_left, bottom_right = still[:half, :half], still[half:, :half], still[half:, half:]
+    def picture(seconds: float) -> np.ndarray:
+        frame = background.copy()
+        top_left, top_right = frame[:half, :half], frame[:half, half:]
+        bottom_left, bottom_right = frame[half:, :half], frame[half:, half:]
         bottom_right[disc <= 20**2] = 70  # the lamp is visible when it is off, too
-        if film["flash"][1] == second:
-            still[:] = COLOURS[film["flash"][0]]
+        if film["flash"][1] == int(seconds):
+            frame[:] = COLOURS[film["flash"][0]]
         shape, start, end = film["shape"]
-        if start <= second < end:
+        if start <= seconds < end:
             top_left[shapes[shape]] = 245
         for colour, start in film["blocks"]:
-            if start <= second < start + 3:
+            if start <= seconds < start + 3:
                 bottom_left[shapes["square"]] = COLOURS[colour]
-        if second in film["blinks"]:
+        if int(seconds) in film["blinks"]:
             bottom_right[disc <= 20**2] = (255, 250, 225)
-
         direction, start, end = film["ball"]
-        step_x, step_y = DIRECTIONS[direction]
-        for part in range(FPS):
-            frame = still.copy()
-            if start <= second < end:
-                # From -1 to 1: the ball rests for a second on one side, crosses, and rests on the other.
-                way = min(max((second + part / FPS - start - 1) / (end - start - 3), 0), 1) * 2 - 1
-                ball = (columns - x - step_x * way * 15) ** 2 + (rows - y - step_y * way * 15) ** 2 <= 15**2
-                frame[:half, half:][ball] = (250, 150, 60)
-            yield frame
+        if start <= seconds < end:
+            step_x, step_y = DIRECTIONS[direction]
+            # From -1 to 1: the ball rests for a second on one side, crosses, and rests on the other.
+            way = min(max((seconds - start - 1) / (end - start - 3), 0), 1) * 2 - 1
+            ball = (columns - x - step_x * way * 15) ** 2 + (rows - y - step_y * way * 15) ** 2 <= 15**2
+            top_right[ball] = (250, 150, 60)
+        return frame
+
+    return picture
 
 
-def write_film(path: Path, film: dict):
-    """Write the film as H.264."""
+def changes(film: dict) -> list[float]:
+    """Return the times, in seconds, at which a film may show another picture than before."""
+    times = {0}
+    for _, start, end in (film["shape"], *((colour, start, start + 3) for colour, start in film["blocks"])):
+        times |= {start, end}
+    for start in (*film["blinks"], film["flash"][1]):
+        times |= {start, start + 1}
+    _, start, end = film["ball"]
+    times |= {start + step / FPS for step in range((end - start) * FPS + 1)}
+    return sorted(time for time in times if 0 <= time < film["seconds"])
+
+
+def render(film: dict):
+    """Yield the frames of a film at `FPS`, `(SIDE, SIDE, 3)` uint8; one that does not change is the same array."""
+    picture, times = paint(film), set(changes(film))
+    for index in range(film["seconds"] * FPS):
+        if index / FPS in times:
+            frame = picture(index / FPS)
+        yield frame
+
+
+def write_film(path: Path, film: dict, variable_rate: bool = False):
+    """Write the film as H.264, with all frames at `FPS` or, at a variable rate, the frames at which it changes."""
+    if variable_rate:
+        picture = paint(film)
+        end = film["seconds"] - 1 / FPS  # the time of the last frame tells how long the film is
+        frames = ((round(time * FPS), picture(time)) for time in sorted({*changes(film), end}))
+    else:
+        frames = enumerate(render(film))
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "20"})
         stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
         stream.thread_count = 1
-        for frame in render(film):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for index, pixels in frames:
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, FPS)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
-def make_split(name: str, count: int, lengths: tuple[int, int], output_dir: Path, seed: int) -> list:
+def make_split(
+    output_dir: Path, seed: int, name: str, count: int, lengths: tuple[int, int], variable_rate: bool = False
+) -> list:
     """Write the rows of one split, and return arguments of `write_film` for its films.
 
     The answers of each kind are as balanced as possible.
@@ -143,7 +184,7 @@ def make_split(name: str, count: int, lengths: tuple[int, int], output_dir: Path
         turns[0]["value"] = "<video>\n" + turns[0]["value"]
         path = f"{name}/{i:05d}.mp4"
         rows.append({"id": f"{name}-{i:05d}", "video": path, "conversations": turns, "kinds": kinds})
-        jobs.append((output_dir / path, film))
+        jobs.append((output_dir / path, film, variable_rate))
     (output_dir / name).mkdir(parents=True, exist_ok=True)
     (output_dir / f"{name}.json").write_text(json.dumps(rows, indent=1))
     return jobs
@@ -153,21 +194,30 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--num_train", type=int, default=4000)
+    parser.add_argument("--num_train_films", type=int, default=600)
     parser.add_argument("--num_validation", type=int, default=120)
     parser.add_argument("--num_long", type=int, default=60)
+    parser.add_argument("--num_hours", type=int, default=24)
     parser.add_argument("--min_seconds", type=int, default=8)
-    parser.add_argument("--max_seconds", type=int, default=20)
+    parser.add_argument("--max_seconds", type=int, default=20, help="of a clip; the long films take four times this")
+    parser.add_argument("--max_film_seconds", type=int, default=7200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.min_seconds < 8:
         parser.error("--min_seconds must be at least 8, so that everything fits into a film")
 
-    lengths, long = (args.min_seconds, args.max_seconds), (4 * args.max_seconds, 4 * args.max_seconds)
-    jobs = make_split("train", args.num_train, lengths, args.output_dir, args.seed)
-    jobs += make_split("validation", args.num_validation, lengths, args.output_dir, args.seed)
-    jobs += make_split("long", args.num_long, long, args.output_dir, args.seed)
+    clips, films = (args.min_seconds, args.max_seconds), (args.min_seconds, args.max_film_seconds)
+    long, hours = (4 * args.max_seconds,) * 2, (args.max_film_seconds,) * 2
+    split = partial(make_split, args.output_dir, args.seed)
+    jobs = [
+        *split("hours", args.num_hours, hours),  # first, because they take longest
+        *split("train", args.num_train, clips),
+        *split("train_films", args.num_train_films, films, variable_rate=True),
+        *split("validation", args.num_validation, clips),
+        *split("long", args.num_long, long),
+    ]
     with ProcessPoolExecutor() as pool:
-        for _ in pool.map(write_film, *zip(*jobs, strict=True), chunksize=16):
+        for _ in pool.map(write_film, *zip(*jobs, strict=True), chunksize=4):
             pass
     print(f"{len(jobs)} films with {len(QUESTIONS)} questions each in {args.output_dir}")
 

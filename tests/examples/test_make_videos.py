@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from itertools import pairwise
 
+import av
 import make_videos
 import numpy as np
 import pytest
@@ -15,11 +16,12 @@ from tiny import EXAMPLES
 
 from transformers_ma2mba import probe, read_video
 
-SPLITS = ("train", "validation", "long")
+SPLITS = {"train": 2, "train_films": 2, "validation": 1, "long": 1, "hours": 1}
 
 
 def write_films(folder, seed):
-    options = dict(num_train=2, num_validation=1, num_long=1, min_seconds=8, max_seconds=10, seed=seed)
+    options = {f"num_{split}": count for split, count in SPLITS.items()}
+    options |= dict(min_seconds=8, max_seconds=10, max_film_seconds=90, seed=seed)
     command = [sys.executable, str(EXAMPLES / "make_videos.py"), "--output_dir", str(folder)]
     subprocess.run(command + [f"--{name}={value}" for name, value in options.items()], check=True, timeout=300)
     return folder
@@ -46,7 +48,7 @@ def test_same_seed_gives_the_same_films(films, tmp_path):
 
 
 def test_rows_are_in_the_llava_video_format(films):
-    for split, count in zip(SPLITS, (2, 1, 1), strict=True):
+    for split, count in SPLITS.items():
         rows = rows_of(films, split)
         assert len(rows) == count
         for row in rows:
@@ -60,19 +62,38 @@ def test_rows_are_in_the_llava_video_format(films):
                 assert answer["value"] in QUESTIONS[kind][1]
 
 
-def test_films_are_h264_and_long_films_four_times_as_long(films):
+def test_films_are_h264_of_the_lengths_asked_for(films):
     durations = {}
     for split in SPLITS:
         infos = [probe(films / row["video"]) for row in rows_of(films, split)]
         assert all(info.codec == "h264" for info in infos)
         durations[split] = [info.duration for info in infos]
     assert all(8 <= duration <= 10 for duration in durations["train"] + durations["validation"])
-    assert durations["long"] == [40]
+    assert all(8 <= duration <= 90 for duration in durations["train_films"])
+    assert durations["long"] == [40] and durations["hours"] == [90]
+
+
+def test_a_variable_frame_rate_shows_the_same_film_in_fewer_frames(tmp_path):
+    film = make_videos.plan_film(
+        300, {kind: choices[-1] for kind, (_, choices) in QUESTIONS.items()}, random.Random(3)
+    )
+    shown = {}
+    for variable_rate in (False, True):
+        path = tmp_path / f"{variable_rate}.mp4"
+        make_videos.write_film(path, film, variable_rate)
+        shown[variable_rate], _ = read_video(path, FPS)
+    assert len(shown[True]) == len(shown[False]) == 300 * FPS
+    assert np.abs(shown[True].astype(int) - shown[False]).max(axis=(1, 2, 3)).mean() < 16  # coded at other times
+    assert read_answers(np.stack(list(make_videos.render(film)))) == {
+        kind: c[-1] for kind, (_, c) in QUESTIONS.items()
+    }
+    with av.open(str(tmp_path / "True.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == len({*make_videos.changes(film), 300 - 1 / FPS}) < 60
 
 
 @pytest.mark.parametrize("count", [12, 60, 120, 1800])
 def test_most_frequent_answers_are_right_at_most_about_once_in_three(tmp_path, count):
-    make_videos.make_split("train", count, (10, 20), tmp_path, seed=0)
+    make_videos.make_split(tmp_path, 0, "train", count, (10, 20))
     answers = {kind: Counter() for kind in QUESTIONS}
     for row in rows_of(tmp_path, "train"):
         for kind, turn in zip(row["kinds"], row["conversations"][1::2], strict=True):

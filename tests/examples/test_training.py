@@ -37,7 +37,8 @@ def run(*command) -> subprocess.CompletedProcess:
 def demo(tmp_path_factory):
     """Twelve films of 8 seconds to train on, six to validate with, and an untrained model."""
     path = tmp_path_factory.mktemp("demo")
-    options = dict(num_train=12, num_validation=6, num_long=1, min_seconds=8, max_seconds=8)
+    options = dict(num_train=12, num_train_films=4, num_validation=6, num_long=1, num_hours=1)
+    options |= dict(min_seconds=8, max_seconds=8, max_film_seconds=90)
     run(EXAMPLES / "make_videos.py", "--output_dir", path, *(f"--{name}={value}" for name, value in options.items()))
     with pytest.MonkeyPatch.context() as patch:
         arguments = ["--train_file", f"{path}/train.json", "--output_dir", f"{path}/untrained"]
