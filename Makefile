@@ -49,11 +49,14 @@ style: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/python examples/make_videos.py --output_dir $(DEMO)/data
 	$(BIN)/python examples/make_tiny_model.py --train_file $(DEMO)/data/train.json --output_dir $(DEMO)/untrained
-	$(LAUNCH) examples/train.py examples/demo.yaml \
-		--model_name_or_path $(DEMO)/untrained --output_dir $(DEMO)/model \
+	$(LAUNCH) examples/train.py examples/recipes/demo_clips.yaml \
+		--model_name_or_path $(DEMO)/untrained --output_dir $(DEMO)/clips \
 		--train_file $(DEMO)/data/train.json --validation_file $(DEMO)/data/validation.json
+	$(LAUNCH) examples/train.py examples/recipes/demo_films.yaml \
+		--model_name_or_path $(DEMO)/clips --output_dir $(DEMO)/model \
+		--train_file $(DEMO)/data/train_films.json --keep_features $(DEMO)/features
 	OMP_NUM_THREADS=1 $(BIN)/python examples/evaluate.py --model $(DEMO)/model --output_file $(DEMO)/accuracy.json \
-		$(DEMO)/data/validation.json $(DEMO)/data/long.json
+		$(DEMO)/data/validation.json $(DEMO)/data/long.json $(DEMO)/data/hours.json
 	$(BIN)/python examples/ask.py --model $(DEMO)/model $(DEMO)/data/validation/00000.mp4 \
 		"Which shape appears?" "Which way does the ball move?" "Which colour is the flash?"
 

@@ -6,8 +6,11 @@
 
 Data files are lists in the LLaVA-Video format: rows of `video` (a path, relative to the list's folder) and
 `conversations`. All options of `transformers.TrainingArguments` work. `--resume_from_checkpoint last` continues the
-run in `--output_dir`, and a path continues from that checkpoint. A recipe, such as `examples/demo.yaml`, holds options
-by name; options on the command line override it.
+run in `--output_dir`, and a path continues from that checkpoint. A recipe, such as those in `examples/recipes`, holds
+options by name; options on the command line override it.
+
+For rows of any length, from clips to films of hours, give `--tokens_per_batch`. With a frozen vision tower,
+`--keep_features` encodes each film once.
 """
 
 import json
@@ -20,7 +23,7 @@ import yaml
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from transformers_ma2mba import DataCollatorForVideoQA
+from transformers_ma2mba import DataCollatorForVideoQA, FrozenVisionFeatures, batches_by_tokens
 
 
 @dataclass
@@ -36,6 +39,14 @@ class Arguments:
     keep_frames: bool = field(default=False, metadata={"help": "Keep decoded frames in memory, for small data sets."})
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "Names of modules to freeze, such as `vision_tower`."}
+    )
+    keep_features: str | None = field(
+        default=None,
+        metadata={"help": "A folder that keeps the frozen vision tower's features of each film, or `memory`."},
+    )
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "Train on batches of at most this many tokens, in place of per_device_train_batch_size."},
     )
 
 
@@ -76,6 +87,12 @@ def load_rows(path: str | None, folder: str | None) -> list[dict] | None:
     return [{key: resolve(row[key]) if key in ("video", "image") else row[key] for key in row} for row in rows]
 
 
+def videos_of(rows: list[dict] | None) -> list[str]:
+    """Return the paths of all videos of a list."""
+    videos = [row.get("video") or [] for row in rows or []]
+    return [path for paths in videos for path in (paths if isinstance(paths, list) else [paths])]
+
+
 def answer_accuracy(prediction) -> dict[str, float]:
     """Return the share of answers whose tokens, with the end token, are all the most likely ones.
 
@@ -103,16 +120,29 @@ def main():
         if name.rpartition(".")[2] in args.freeze:
             module.requires_grad_(False)
 
+    train_rows, validation_rows = (
+        load_rows(path, args.video_folder) for path in (args.train_file, args.validation_file)
+    )
+    batches, features = train_rows, None
+    if args.tokens_per_batch is not None:
+        batches = batches_by_tokens(train_rows, processor, args.tokens_per_batch, seed=training_args.seed)
+        training_args.per_device_train_batch_size = 1  # each item is a batch already
+    if args.keep_features is not None:
+        folder = None if args.keep_features == "memory" else args.keep_features
+        features = FrozenVisionFeatures(model, processor, folder)
+
     trainer = Trainer(
         model=model,
         args=training_args,
-        train_dataset=load_rows(args.train_file, args.video_folder),
-        eval_dataset=load_rows(args.validation_file, args.video_folder),
-        data_collator=DataCollatorForVideoQA(processor, keep_frames=args.keep_frames),
+        train_dataset=batches,
+        eval_dataset=validation_rows,
+        data_collator=DataCollatorForVideoQA(processor, keep_frames=args.keep_frames, vision_features=features),
         processing_class=processor,
         compute_metrics=answer_accuracy,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
     )
+    if features is not None and features.folder is not None:
+        features.prepare(videos_of(train_rows) + videos_of(validation_rows))
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint == "last":
         checkpoint = get_last_checkpoint(training_args.output_dir)

@@ -7,6 +7,11 @@ cells or more frames than the other, or no frames at all. A run is named by a sc
     an order    small cells in that order, four layers, a few dozen tokens
     default     the default plan, eight layers, lengths drawn between 40 and 2,000 tokens
     differ      different intervals in the two processes, then a plain step in one of them; returns the error messages
+
+and after that perhaps by
+
+    frozen      only Mamba-2 is trained
+    kept        the vision tower is frozen, and one of the two processes has its features in place of frames
 """
 
 import argparse
@@ -33,19 +38,19 @@ DRAWN = [tuple(round(40 * 50 ** random.Random(f"{step} {rank}").random()) for ra
 ANSWER = 4
 
 
-def build(order: str | None, frozen=False, default=False):
+def build(order: str | None, frozen: str | None = None, default=False):
     """Build the model in training mode.
 
     Args:
         order: an order of the grid, "default", "differ", or None for no checkpointing.
-        frozen: whether only Mamba-2 is trained.
+        frozen: "frozen", "kept" or None, see above.
         default: whether the model has eight layers instead of four, for "default" and "differ".
     """
     config = tiny_config(text={"num_hidden_layers": 8 if default else 4}, frames_per_vision_pass=2)
     model = tiny_model(config, dtype=torch.float64).train()
-    for module in (model.model.vision_tower, model.model.multi_modal_projector, model.get_input_embeddings()):
-        if frozen:
-            module.requires_grad_(False)
+    modules = (model.model.vision_tower, model.model.multi_modal_projector, model.get_input_embeddings())
+    for module in modules[: {"frozen": 3, "kept": 1, None: 0}[frozen]]:
+        module.requires_grad_(False)
     if order == "default":
         model.gradient_checkpointing_enable()
     elif order == "differ":
@@ -78,6 +83,16 @@ def sample(config, step, rank) -> dict:
     return inputs
 
 
+def with_kept_features(inputs: dict) -> dict:
+    """The inputs with features of the vision tower in place of frames; each picture occurs once."""
+    pixels = inputs.pop("pixel_values_videos", None)
+    if pixels is not None:
+        with torch.no_grad():
+            features = build(None).model.get_vision_features(pixels)  # the weights are those of each new model
+        inputs |= {"vision_features_videos": features, "picture_indices_videos": torch.arange(len(pixels))}
+    return inputs
+
+
 def batch(config, step) -> dict:
     """Both samples, padded on the left."""
     samples = [sample(config, step, rank) for rank in (0, 1)]
@@ -91,7 +106,7 @@ def batch(config, step) -> dict:
     }
 
 
-def one_process(frozen=False, default=False) -> dict:
+def one_process(frozen=None, default=False) -> dict:
     """Losses and weights of plain training steps on whole batches in one process."""
     model = build(None, frozen, default)
     optimizer = optimizer_of(model)
@@ -105,7 +120,7 @@ def one_process(frozen=False, default=False) -> dict:
     return {"losses": losses, "weights": model.state_dict()}
 
 
-def train(model, config, backward, step_optimizer) -> dict:
+def train(model, config, frozen, backward, step_optimizer) -> dict:
     """Losses averaged over the processes, and the number of gradients that each parameter received in each step."""
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     losses, arrivals = [], [Counter(dict.fromkeys(names.values(), 0)) for _ in FRAMES]
@@ -116,7 +131,10 @@ def train(model, config, backward, step_optimizer) -> dict:
 
     hooks = [parameter.register_post_accumulate_grad_hook(count) for parameter in names]
     for step in range(len(FRAMES)):  # noqa: B007, `count` reads it
-        loss = model(**sample(config, step, dist.get_rank())).loss
+        inputs = sample(config, step, dist.get_rank())
+        if frozen == "kept" and dist.get_rank() == step % 2:
+            inputs = with_kept_features(inputs)
+        loss = model(**inputs).loss
         backward(loss)
         step_optimizer()
         mean = loss.detach() / dist.get_world_size()
@@ -148,7 +166,7 @@ def run_torch(scheme, order, frozen) -> dict:
 
     if order == "differ":
         return disagreement(wrapped, model)
-    results = train(wrapped, model.config, torch.Tensor.backward, step_optimizer)
+    results = train(wrapped, model.config, frozen, torch.Tensor.backward, step_optimizer)
     weights = model.state_dict()
     if scheme == "fsdp2":
         weights = {name: tensor.full_tensor() for name, tensor in weights.items()}
@@ -186,7 +204,7 @@ def run_zero(scheme, order, frozen) -> dict:
         results = disagreement(engine, model)
         engine.destroy()
         return results
-    results = train(engine, model.config, engine.backward, engine.step)
+    results = train(engine, model.config, frozen, engine.backward, engine.step)
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
         weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     engine.destroy()
@@ -225,13 +243,13 @@ def run_too_late() -> dict:
 def run(scheme, order=None, frozen=None) -> dict:
     if scheme == "too-late":
         return run_too_late()
-    return (run_zero if scheme.startswith("zero") else run_torch)(scheme, order, frozen == "frozen")
+    return (run_zero if scheme.startswith("zero") else run_torch)(scheme, order, frozen)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_file", required=True)
-    parser.add_argument("runs", nargs="+", help="scheme:order, or scheme:order:frozen")
+    parser.add_argument("runs", nargs="+", help="scheme:order, or scheme:order:frozen or :kept")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))

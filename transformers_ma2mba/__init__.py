@@ -2,7 +2,7 @@
 
 from . import auto  # noqa: F401  registers the classes
 from .configuration_ma2mba import Ma2mbaConfig
-from .data_collator import DataCollatorForVideoQA, conversation_to_messages
+from .data import DataCollatorForVideoQA, FrozenVisionFeatures, batches_by_tokens, conversation_to_messages
 from .gradient_checkpointing import (
     CheckpointPlan,
     causal_lm_loss,
@@ -21,6 +21,7 @@ from .video_processing_ma2mba import Ma2mbaVideoProcessor
 __all__ = [
     "CheckpointPlan",
     "DataCollatorForVideoQA",
+    "FrozenVisionFeatures",
     "Ma2mbaConfig",
     "Ma2mbaForVideoQA",
     "Ma2mbaModel",
@@ -33,6 +34,7 @@ __all__ = [
     "VideoSession",
     "VideoStreamError",
     "__version__",
+    "batches_by_tokens",
     "causal_lm_loss",
     "conversation_to_messages",
     "disable_multi_axis_checkpointing",

@@ -220,9 +220,16 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
             raise ValueError(f"{name} must be uint8, or floating point if already normalised; got {pixels.dtype}.")
 
-    def _encode_frames(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Encode `(F, 3, height, width)` pixels of a few frames as `(F, N, D)` tokens (paper §3.4)."""
-        weight = self.multi_modal_projector.linear_1.weight
+    def get_vision_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode a few frames with the vision tower and pool the patches; the projector follows (paper §3.4).
+
+        Args:
+            pixels: `(num_frames, 3, image_size, image_size)`, uint8, or floats that are already normalised.
+
+        Returns:
+            `(num_frames, tokens_per_frame, vision_width)`, in the data type of the vision tower.
+        """
+        self._check_pixels(pixels, "pixels")
         device = self.vision_tower.device
         if pixels.dtype == torch.uint8:
             mean = torch.tensor(self.config.image_mean, device=device).view(3, 1, 1)
@@ -233,8 +240,15 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         # CLIP puts a class token before the patches, SigLIP does not.
         features_FPC = features_FPC[:, features_FPC.shape[1] - self.config.patches_per_side**2 :]
         pooling = (getattr(self.config, f"spatial_pool_{option}") for option in ("mode", "stride", "rounding"))
-        features_FNC = pool_patches(features_FPC, *pooling)
-        return self.multi_modal_projector(features_FNC.to(weight.dtype))
+        return pool_patches(features_FPC, *pooling)
+
+    def _project(self, features_FNC: torch.Tensor) -> torch.Tensor:
+        """Project the vision tower's features of a few frames to `(F, N, D)` tokens (paper §3.4)."""
+        return self.multi_modal_projector(features_FNC.to(self.multi_modal_projector.linear_1.weight.dtype))
+
+    def _encode_frames(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode `(F, 3, height, width)` pixels of a few frames as `(F, N, D)` tokens (paper §3.4)."""
+        return self._project(self.get_vision_features(pixels))
 
     def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Encode frames as tokens, a few frames at a time.
@@ -254,24 +268,34 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         self._check_pixels(pixel_values, "pixel_values")
         return self._encode_in_pieces(pixel_values)
 
-    def _encode_frames_checkpointed(self, pixels: torch.Tensor, captured: CapturedTensors | None) -> torch.Tensor:
-        """Run `_encode_frames` such that backward runs it again, with the captured tensors.
+    def _checkpointed(self, encode, frames: torch.Tensor, captured: CapturedTensors | None) -> torch.Tensor:
+        """Run `encode` such that backward runs it again, with the captured tensors.
 
         A compiled graph holds tensors of its own.
         """
         options = {}
         if captured is not None and not torch.compiler.is_compiling():
             options["context_fn"] = lambda: (nullcontext(), captured)
-        return checkpoint(self._encode_frames, pixels, use_reentrant=False, **options)
+        return checkpoint(encode, frames, use_reentrant=False, **options)
 
     @torch.compiler.disable(recursive=False)  # the loop only: one graph of a few frames serves films of any length
+    def _in_pieces(self, encode, frames: torch.Tensor, frames_per_piece=None) -> BaseModelOutputWithPooling:
+        """Run `_encode_frames` or `_project` on a few frames at a time."""
+        if self.training and torch.is_grad_enabled() and is_multi_axis_checkpointed(self):
+            encode = partial(self._checkpointed, encode, captured=self._vision_as_it_is())
+        pieces = [encode(piece) for piece in frames.split(frames_per_piece or self.config.frames_per_vision_pass)]
+        return BaseModelOutputWithPooling(pooler_output=pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+
     def _encode_in_pieces(self, pixels: torch.Tensor, frames_per_piece=None) -> BaseModelOutputWithPooling:
         _install_capturing_hooks(self.vision_tower)
-        encode = self._encode_frames
-        if self.training and torch.is_grad_enabled() and is_multi_axis_checkpointed(self):
-            encode = partial(self._encode_frames_checkpointed, captured=self._vision_as_it_is())
-        pieces = [encode(piece) for piece in pixels.split(frames_per_piece or self.config.frames_per_vision_pass)]
-        return BaseModelOutputWithPooling(pooler_output=pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+        return self._in_pieces(self._encode_frames, pixels, frames_per_piece)
+
+    def _project_kept_features(self, features_PNC: torch.Tensor, picture_indices_F: torch.Tensor):
+        """Project each picture once, and repeat it for all frames that show it."""
+        self._check_features(features_PNC, picture_indices_F)
+        features_PNC = features_PNC.to(self.multi_modal_projector.linear_1.weight.device)
+        features_PND = self._in_pieces(self._project, features_PNC).pooler_output
+        return BaseModelOutputWithPooling(pooler_output=features_PND[picture_indices_F.to(features_PND.device)])
 
     def _vision_as_it_is(self) -> CapturedTensors | None:
         """The tensors that the vision modules have now. None for sharded modules, whose tensors come and go."""
@@ -280,6 +304,17 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         modules = {"vision_tower": self.vision_tower, "multi_modal_projector": self.multi_modal_projector}
         # Transformers takes hidden states out of the tower by hooks, which come with its first call.
         return CapturedTensors(modules, with_hooks=False)
+
+    def _check_features(self, features: torch.Tensor, picture_indices: torch.Tensor):
+        shape = (self.config.tokens_per_frame, self.config.vision_config.hidden_size)
+        if features.ndim != 3 or tuple(features.shape[1:]) != shape or not features.is_floating_point():
+            raise ValueError(
+                f"vision_features_videos must be floats of shape (pictures, {shape[0]}, {shape[1]}), as from "
+                f"`get_vision_features`; got {features.dtype} of shape {tuple(features.shape)}."
+            )
+        if picture_indices is None or picture_indices.ndim != 1 or picture_indices.is_floating_point():
+            got = "none" if picture_indices is None else f"{picture_indices.dtype} of {tuple(picture_indices.shape)}"
+            raise ValueError(f"picture_indices_videos must be integers of shape (frames,); got {got}.")
 
     def _place_features(self, inputs_embeds_BTD, input_ids_BT, features_FND, token_id, name):
         """Replace the embeddings of the placeholders by vision tokens, in order."""
@@ -298,28 +333,64 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         features = features_FND.flatten(0, 1).to(inputs_embeds_BTD.device, inputs_embeds_BTD.dtype)
         return inputs_embeds_BTD.index_put(positions, features)
 
-    def _count_idle_pieces(self, pixels: list[torch.Tensor], device) -> int:
-        """The number of blank pieces that this process must run through the vision modules.
+    def _count_idle_pieces(self, pixels: list[torch.Tensor], features: list[torch.Tensor], device) -> tuple[int, int]:
+        """The numbers of blank pieces, of pixels and of kept features, that this process must run.
 
         In DDP, all processes wait until every trained parameter has a gradient on each of them; a batch without
         pictures gives none. Where modules are sharded, all processes must call them equally often.
         """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return 0
-        own = needed = sum(math.ceil(len(frames) / self.config.frames_per_vision_pass) for frames in pixels)
-        modules = [*self.vision_tower.modules(), *self.multi_modal_projector.modules()]
-        if own == 0 and self.training and torch.is_grad_enabled():
-            needed = int(any(parameter.requires_grad for module in modules for parameter in module.parameters(False)))
-        if any(map(is_sharded, modules)):
-            (needed,) = max_over_processes([needed], processes_in_step(self), device)
-        return needed - own
+            return 0, 0
+        own = [
+            sum(math.ceil(len(frames) / self.config.frames_per_vision_pass) for frames in kind)
+            for kind in (pixels, features)
+        ]
+        needed = list(own)
+        if self.training and torch.is_grad_enabled():
+            calls = {self.vision_tower: own[0], self.multi_modal_projector: sum(own)}
+            for module, count in calls.items():
+                if count == 0 and any(parameter.requires_grad for parameter in module.parameters()):
+                    needed[0] = max(needed[0], 1)
+        if any(map(is_sharded, [*self.vision_tower.modules(), *self.multi_modal_projector.modules()])):
+            needed = max_over_processes(needed, processes_in_step(self), device)
+        return needed[0] - own[0], needed[1] - own[1]
 
-    def _with_idle_pieces(self, inputs_embeds_BTD, num_pieces: int):
-        """Run blank frames through the vision modules, to give their parameters gradients of zero."""
+    def _encode_blank_frames(self, count: int) -> torch.Tensor:
+        """Run blank frames through the vision modules; returns 0, with gradients of zero for their parameters."""
         size = self.config.vision_config.image_size
-        frames = torch.zeros(num_pieces, 3, size, size, dtype=torch.uint8)
-        features = self._encode_in_pieces(frames, frames_per_piece=1).pooler_output
-        return inputs_embeds_BTD + 0.0 * features.sum().to(inputs_embeds_BTD)
+        frames = torch.zeros(count, 3, size, size, dtype=torch.uint8)
+        return 0.0 * self._encode_in_pieces(frames, frames_per_piece=1).pooler_output.sum()
+
+    def _project_blank_features(self, count: int) -> torch.Tensor:
+        """The same for the projector alone."""
+        weight = self.multi_modal_projector.linear_1.weight
+        features = weight.new_zeros(count, 1, self.config.vision_config.hidden_size)
+        return 0.0 * self._in_pieces(self._project, features, frames_per_piece=1).pooler_output.sum()
+
+    def _encode_visuals(self, pixel_values, pixel_values_videos, features, picture_indices, device):
+        """Encode images and videos.
+
+        Returns:
+            Outputs under `"image"` and `"video"`, and zeros with the gradients that this process owes to the others.
+        """
+        if pixel_values_videos is not None and features is not None:
+            raise ValueError("Give either pixel_values_videos or vision_features_videos, and not both.")
+        encoded, zeros = {}, []
+        pixels = [frames for frames in (pixel_values, pixel_values_videos) if frames is not None]
+        kept = [] if features is None else [features]
+        num_encoded, num_projected = self._count_idle_pieces(pixels, kept, device)
+        # Pixels first, with their idle pieces: all processes call sharded modules in the same order.
+        if pixel_values is not None:
+            encoded["image"] = self.get_image_features(pixel_values)
+        if pixel_values_videos is not None:
+            encoded["video"] = self.get_video_features(pixel_values_videos)
+        if num_encoded:
+            zeros.append(self._encode_blank_frames(num_encoded))
+        if features is not None:
+            encoded["video"] = self._project_kept_features(features, picture_indices)
+        if num_projected:
+            zeros.append(self._project_blank_features(num_projected))
+        return encoded, zeros
 
     def _tokens_per_pass(self, batch_size: int) -> int:
         return min(self.config.tokens_per_pass, indexable_tokens(self.config, batch_size))
@@ -363,6 +434,8 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        vision_features_videos: torch.Tensor | None = None,
+        picture_indices_videos: torch.Tensor | None = None,
         positions_to_keep: torch.Tensor | None = None,
         **kwargs,
     ) -> Ma2mbaModelOutput:
@@ -380,19 +453,15 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        pixels = [frames for frames in (pixel_values, pixel_values_videos) if frames is not None]
-        num_idle_pieces = self._count_idle_pieces(pixels, inputs_embeds.device)
-        encoded = dict(mm_encoder_outputs or {})
-        if pixel_values is not None:
-            encoded["image"] = self.get_image_features(pixel_values)
-        if pixel_values_videos is not None:
-            encoded["video"] = self.get_video_features(pixel_values_videos)
+        encoded, zeros = self._encode_visuals(
+            pixel_values, pixel_values_videos, vision_features_videos, picture_indices_videos, inputs_embeds.device
+        )
+        encoded = {**(mm_encoder_outputs or {}), **encoded}
         for name, output in encoded.items():
             token_id = self.config.image_token_id if name == "image" else self.config.video_token_id
             inputs_embeds = self._place_features(inputs_embeds, input_ids, output.pooler_output, token_id, name)
-
-        if num_idle_pieces:
-            inputs_embeds = self._with_idle_pieces(inputs_embeds, num_idle_pieces)
+        for zero in zeros:
+            inputs_embeds = inputs_embeds + zero.to(inputs_embeds)
 
         options = dict(use_cache=use_cache, attention_mask=attention_mask, ssd_scan=True)
         # Only the grid can skip positions: the stock forward pass cannot, and hooks expect all of them.
@@ -459,6 +528,8 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        vision_features_videos: torch.Tensor | None = None,
+        picture_indices_videos: torch.Tensor | None = None,
         text_tokens_only: bool = False,
         **kwargs,
     ) -> Ma2mbaForVideoQAOutput:
@@ -479,6 +550,9 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
             cache_params: the recurrent state that the sequence continues; updated in place.
             mm_encoder_outputs: outputs of `get_image_features` and `get_video_features` under `"image"` and
                 `"video"`, in place of pixels.
+            vision_features_videos: `(num_pictures, tokens_per_frame, vision_width)`, in place of pixels: what
+                `get_vision_features` gives for the different pictures of all videos of the batch.
+            picture_indices_videos: `(num_frames,)`, the picture that each frame shows, for all videos in order.
             text_tokens_only: whether the logits of both placeholders, and of the vocabulary's padding beyond
                 `config.unpadded_vocab_size`, are -inf, as in `generate`. Without effect if labels are given: the
                 published models were trained with the padding in the softmax.
@@ -499,6 +573,8 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
             use_cache=use_cache if labels is None or use_cache is not None else False,
             output_hidden_states=output_hidden_states,
             mm_encoder_outputs=mm_encoder_outputs,
+            vision_features_videos=vision_features_videos,
+            picture_indices_videos=picture_indices_videos,
             positions_to_keep=supervised_BT,
         )
         loss = None
@@ -549,7 +625,12 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
     @wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())  # `generate` reads its signature
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
         """Prepare a step of `generate`, which may choose text only: see `text_tokens_only` of [`forward`]."""
-        return {"text_tokens_only": True, **super().prepare_inputs_for_generation(*args, **kwargs)}
+        inputs = {"text_tokens_only": True, **super().prepare_inputs_for_generation(*args, **kwargs)}
+        if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
+            # As Transformers does with pixels: the state has seen them.
+            for name in ("vision_features_videos", "picture_indices_videos"):
+                inputs.pop(name, None)
+        return inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # `generate` expands tensors for beams and for several samples, but not a state to continue from.

@@ -3,12 +3,13 @@
 import os
 
 import numpy as np
+import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 
 from .configuration_ma2mba import Ma2mbaConfig
-from .video import as_list_of_videos
+from .video import EncodedFrames, as_list_of_videos
 from .video_processing_ma2mba import Ma2mbaVideoProcessor, Ma2mbaVideosKwargs
 
 # Paper, Table 5. `<|system|>`, `<|user|>` and `<|assistant|>` are ordinary text. The model learns the assistant's text
@@ -169,7 +170,7 @@ class Ma2mbaProcessor(ProcessorMixin):
 
         data, num_frames, num_images = {}, [], []
         if videos is not None:
-            encoded = self.video_processor(videos, **video_options)
+            encoded = _join_encoded(videos) or self.video_processor(videos, **video_options)
             num_frames = encoded.pop("num_frames")
             data.update(encoded)
         if images is not None:
@@ -277,6 +278,22 @@ def _pad(row: np.ndarray, length: int, side: str, value: int) -> np.ndarray:
         raise ValueError(f"A text with its videos takes {len(row)} tokens, more than max_length={length}.")
     widths = (missing, 0) if side == "left" else (0, missing)
     return np.pad(row, [widths, *[(0, 0)] * (row.ndim - 1)], constant_values=value)
+
+
+def _join_encoded(videos) -> dict | None:
+    """The inputs for films that are encoded already; None for other videos."""
+    films = as_list_of_videos(videos)
+    if not any(isinstance(film, EncodedFrames) for film in films):
+        return None
+    if not all(isinstance(film, EncodedFrames) for film in films):
+        raise ValueError("The videos of one batch must be encoded already, or not, all of them.")
+    starts = np.cumsum([0, *(len(film.features) for film in films)])
+    indices = [film.picture_indices + int(start) for film, start in zip(films, starts, strict=False)]
+    return {
+        "num_frames": [len(film.picture_indices) for film in films],
+        "vision_features_videos": torch.cat([film.features for film in films]),
+        "picture_indices_videos": torch.cat(indices),
+    }
 
 
 def _flat_list_of_images(images) -> list:

@@ -152,6 +152,27 @@ def test_frozen_modules_keep_their_weights(demo, monkeypatch):
     assert changed == {"multi_modal_projector", "language_model"}
 
 
+def test_films_of_any_length_train_in_batches_of_tokens(demo, monkeypatch):
+    """Kept features, in memory or in a folder, give the weights that frames give."""
+    options = dict(train_file=demo / "train_films.json", freeze="vision_tower", tokens_per_batch=300, max_steps=3)
+    options |= dict(eval_strategy="no", per_device_eval_batch_size=2)
+    trained = {}
+    for name, kept in (
+        ("frames", {}),
+        ("memory", {"keep_features": "memory"}),
+        ("folder", {"keep_features": demo / "f"}),
+    ):
+        train_here(monkeypatch, *arguments(demo, demo / f"films_{name}", **options, **kept))
+        trained[name] = load_file(demo / f"films_{name}" / "model.safetensors")
+    assert len(list((demo / "f").iterdir())) == 4 + 6  # films to train on, and clips to validate with
+    before = load_file(demo / "untrained" / "model.safetensors")
+    for name, weight in trained["frames"].items():
+        changed = not torch.equal(weight, before[name])
+        assert changed == ("vision_tower" not in name)
+        for other in ("memory", "folder"):
+            assert_close(trained[other][name], weight, rtol=0, atol=2e-6)
+
+
 def test_accuracy_counts_answers_with_a_right_end():
     """Of three answers in two conversations, the second has a wrong end."""
 
@@ -197,10 +218,17 @@ def test_recipe_must_hold_options(tmp_path):
         train.parse_arguments([str(tmp_path / "recipe.yml"), "--model_name_or_path=a", "--train_file=b"])
 
 
-def test_recipe_of_the_demo():
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("demo_clips", {"keep_frames": True, "num_train_epochs": 9, "learning_rate": 1e-3}),
+        ("demo_films", {"freeze": ["vision_tower"], "tokens_per_batch": 8192, "learning_rate": 5e-4}),
+    ],
+)
+def test_recipe_of_the_demo(recipe, expected):
     paths = {"model_name_or_path": "a", "train_file": "b", "output_dir": "c"}
     words = [f"--{name}={value}" for name, value in paths.items()]
-    args, training_args = train.parse_arguments([str(EXAMPLES / "demo.yaml"), *words])
-    assert args.keep_frames and training_args.use_cpu and training_args.activation_checkpointing
-    assert (training_args.num_train_epochs, training_args.learning_rate) == (9, 1e-3)
-    assert training_args.save_strategy == "no"
+    parsed = train.parse_arguments([str(EXAMPLES / "recipes" / f"{recipe}.yaml"), *words])
+    values = {name: value for part in parsed for name, value in vars(part).items()}
+    expected = {"use_cpu": True, "activation_checkpointing": True, "save_strategy": "no", **expected}
+    assert {name: values[name] for name in expected} == expected

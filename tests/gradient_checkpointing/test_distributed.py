@@ -26,6 +26,8 @@ SESSIONS = {
         "fsdp2:layer-major",
         "fsdp2:sequence-major",
         "fsdp2:layer-major:frozen",
+        "ddp:layer-major:kept",
+        "fsdp2:sequence-major:kept",
         "ddp:default",
         "fsdp2:default",
         "fsdp2:differ",
@@ -36,6 +38,7 @@ SESSIONS = {
         "zero3:layer-major",
         "zero3:sequence-major",
         "zero3:layer-major:frozen",
+        "zero3:layer-major:kept",
         "zero1:default",
         "zero1-overlap:default",
         "zero2:default",
@@ -46,7 +49,7 @@ SESSIONS = {
     ],
 }
 
-TRAINED = ["layer-major", "sequence-major", "frozen", "default"]
+TRAINED = ["layer-major", "sequence-major", "frozen", "kept", "default"]
 
 
 def launch(*arguments):
@@ -92,7 +95,8 @@ def one_process():
         compute_in_double(patch)
         return {
             "": distributed_steps.one_process(),
-            "frozen": distributed_steps.one_process(frozen=True),
+            "frozen": distributed_steps.one_process("frozen"),
+            "kept": distributed_steps.one_process("kept"),
             "default": distributed_steps.one_process(default=True),
         }
 

@@ -2,6 +2,7 @@
 
 from .clock import Clock
 from .frames import (
+    EncodedFrames,
     FittedFrames,
     Picture,
     as_list_of_videos,

@@ -22,6 +22,19 @@ class FittedFrames:
     pixels: torch.Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class EncodedFrames:
+    """The frames of a film as a frozen vision tower has encoded them, each different picture once.
+
+    Args:
+        features: `(num_pictures, tokens_per_frame, vision_width)`, as from `get_vision_features` of the model.
+        picture_indices: `(num_frames,)` int64, the picture that each frame shows.
+    """
+
+    features: torch.Tensor
+    picture_indices: torch.Tensor
+
+
 class Picture:
     """A frame that is resized when its pixels are first needed, and only once.
 

@@ -1,0 +1,292 @@
+"""Features of a frozen vision tower: equal to those of the frames, kept once, never stale, in little memory."""
+
+import os
+import tracemalloc
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from comparison import assert_same
+from tiny import random_frames, tiny_config, tiny_model, tiny_processor
+from video_files import write_video
+
+from transformers_ma2mba import DataCollatorForVideoQA, FrozenVisionFeatures, conversation_to_messages
+
+ROW = [{"from": "human", "value": "Who opens the door?"}, {"from": "gpt", "value": "red"}]
+
+
+@pytest.fixture
+def model(config):
+    model = tiny_model(config)
+    model.model.vision_tower.requires_grad_(False)
+    return model
+
+
+@pytest.fixture
+def film(tmp_path):
+    """A film of seven seconds with four pictures: A A B C A A D, without loss."""
+    return write_film(tmp_path / "film.mp4", "AABCAAD")
+
+
+def write_film(path, pictures: str, seed=0):
+    different = dict(zip(sorted(set(pictures)), random_frames(len(set(pictures)), 48, 48, seed=seed), strict=True))
+    frames = [different[picture] for picture in pictures]
+    write_video(path, frames, fps=1, codec="libx264rgb", pixel_format="rgb24", qp=0)
+    return path
+
+
+def rows_of(*paths, **extra) -> list[dict]:
+    return [{"video": str(path), "conversations": ROW, **extra} for path in paths]
+
+
+def count_encoded(features, monkeypatch) -> list[int]:
+    """A list to which each call of the vision tower adds its number of frames."""
+    calls, encode = [], features.model.get_vision_features
+    monkeypatch.setattr(
+        features.model, "get_vision_features", lambda pixels: (calls.append(len(pixels)), encode(pixels))[1]
+    )
+    return calls
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "ma-gc"])
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_step_on_kept_features_equals_one_on_frames(kind, checkpointed, film, tmp_path, in_double):
+    model = tiny_model(tiny_config(kind), dtype=torch.float64).train()
+    model.model.vision_tower.requires_grad_(False)
+    processor = tiny_processor(model.config)
+    if checkpointed:
+        model.gradient_checkpointing_enable({"layer_interval": 1, "sequence_interval": 8})
+    other = write_film(tmp_path / "other.mp4", "EEFEE", seed=1)
+    features = FrozenVisionFeatures(model, processor, tmp_path / "features")
+    losses, gradients = [], []
+    for vision_features in (None, features, features):
+        batch = DataCollatorForVideoQA(processor, vision_features=vision_features)(rows_of(film, other))
+        assert ("pixel_values_videos" in batch) == (vision_features is None)
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert batch["vision_features_videos"].shape[0] == 6  # A B C D, E F
+    assert batch["picture_indices_videos"].tolist() == [0, 0, 1, 2, 0, 0, 3, 4, 4, 5, 4, 4]
+    assert any("multi_modal_projector" in name for name in gradients[0])
+    for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
+        assert_same([loss], losses[:1])
+        assert_same(gradient, gradients[0], smallest_norm=1e-6)
+
+
+@pytest.mark.parametrize("in_folder", [False, True], ids=["memory", "folder"])
+def test_a_film_is_encoded_once(in_folder, model, processor, film, tmp_path, monkeypatch):
+    features = FrozenVisionFeatures(model, processor, tmp_path / "kept" if in_folder else None)
+    calls = count_encoded(features, monkeypatch)
+    first, again = features(film), features(os.path.relpath(film))
+    assert sum(calls) == 4 and max(calls) <= model.config.frames_per_vision_pass
+    assert torch.equal(again.features, first.features) and torch.equal(again.picture_indices, first.picture_indices)
+    pixels = processor.video_processor(film)["pixel_values_videos"]
+    assert_same([again.features[again.picture_indices]], [model.model.get_vision_features(pixels)], tolerance=1e-5)
+    if in_folder:  # for the next process, too
+        later = FrozenVisionFeatures(model, processor, tmp_path / "kept")
+        calls.clear()
+        assert torch.equal(later(film).features, first.features) and calls == []
+        assert {path.suffix for path in (tmp_path / "kept").iterdir()} == {".safetensors"}
+
+
+def change_film(model, processor, film):
+    write_film(film, "DCBAABC", seed=5)
+
+
+def change_size_back_in_time(model, processor, film):
+    stat = os.stat(film)
+    with open(film, "ab") as file:
+        file.write(b"\0" * 8)
+    os.utime(film, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def change_rate(model, processor, film):
+    processor.video_processor.fps = 0.5
+
+
+def change_preparation(model, processor, film):
+    processor.video_processor.resample = 0
+
+
+def change_weights(model, processor, film):
+    with torch.no_grad():
+        model.model.vision_tower.embeddings.patch_embedding.weight.mul_(1.5)
+
+
+def change_layer(model, processor, film):
+    model.config.vision_feature_layer = -1
+
+
+def change_dtype(model, processor, film):
+    model.double()
+
+
+CHANGES = [
+    change_film,
+    change_size_back_in_time,
+    change_rate,
+    change_preparation,
+    change_weights,
+    change_layer,
+    change_dtype,
+]
+
+
+@pytest.mark.parametrize("in_folder", [False, True], ids=["memory", "folder"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.removeprefix("change_"))
+def test_stale_features_are_not_used(change, in_folder, film, tmp_path, monkeypatch):
+    model = tiny_model(tiny_config())
+    model.model.vision_tower.requires_grad_(False)
+    processor = tiny_processor(model.config)
+    features = FrozenVisionFeatures(model, processor, tmp_path / "kept" if in_folder else None)
+    features(film)
+    change(model, processor, film)
+    calls = count_encoded(features, monkeypatch)
+    fresh = features(film)
+    assert calls
+    pixels = processor.video_processor(film)["pixel_values_videos"]
+    expected = model.model.get_vision_features(pixels)
+    assert_same([fresh.features[fresh.picture_indices]], [expected], tolerance=1e-5)
+    calls.clear()
+    features(film)
+    assert not calls
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "other metadata"])
+def test_a_damaged_file_is_written_again(damage, model, processor, film, tmp_path):
+    features = FrozenVisionFeatures(model, processor, tmp_path)
+    first = features(film)
+    (file,) = tmp_path.glob("*.safetensors")
+    content = file.read_bytes()
+    file.write_bytes(
+        {"cut": content[:-5], "text": b"no tensors", "other metadata": content.replace(b"mtime", b"ctime")}[damage]
+    )
+    again = features(film)
+    assert torch.equal(again.features, first.features)
+    assert file.read_bytes() == content
+
+
+def test_a_film_that_changes_while_it_is_read_is_not_kept(model, processor, film, tmp_path, monkeypatch):
+    features = FrozenVisionFeatures(model, processor)
+    encode = features._encode
+
+    def encode_while_written(path):
+        result = encode(path)
+        write_film(film, "DDDDDDD", seed=7)
+        return result
+
+    monkeypatch.setattr(features, "_encode", encode_while_written)
+    features(film)
+    monkeypatch.setattr(features, "_encode", encode)
+    assert len(features(film).features) == 1
+
+
+def test_a_trained_vision_tower_is_refused(config, processor, film):
+    features = FrozenVisionFeatures(tiny_model(config), processor)
+    with pytest.raises(ValueError, match="trained cannot be kept.*requires_grad_"):
+        features(film)
+
+
+def test_a_url_is_encoded_each_time(model, processor, film, monkeypatch):
+    features = FrozenVisionFeatures(model, processor)
+    calls = count_encoded(features, monkeypatch)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="URLs are not kept"):
+            features(f"file://{film}")
+    assert sum(calls) == 8
+
+
+def test_an_interrupted_write_leaves_nothing(model, processor, film, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    features = FrozenVisionFeatures(model, processor, tmp_path / "kept")
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        features(film)
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_memory_does_not_grow_with_the_film(model, processor, tmp_path):
+    """A row of many frames never has more than a piece of them in memory."""
+    peaks = []
+    for seconds in (30, 300):
+        film = tmp_path / f"{seconds}.mp4"
+        write_video(film, (np.full((64, 64), i % 251, np.uint8) for i in range(seconds)), fps=1, pixel_format="gray")
+        features = FrozenVisionFeatures(model, processor)
+        features(write_film(tmp_path / "short.mp4", "AB"))  # whatever is loaded once
+        tracemalloc.start()
+        kept = features(film)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(kept.picture_indices) == seconds
+    frame_bytes = 3 * 32 * 32
+    assert peaks[1] - peaks[0] < 0.2 * 270 * frame_bytes
+
+
+def test_the_training_mode_of_the_tower_is_kept(model, processor, film):
+    model.train()
+    model.model.vision_tower.eval()
+    FrozenVisionFeatures(model, processor)(film)
+    assert model.training and not model.model.vision_tower.training
+
+
+def test_dropout_and_autocast_do_not_reach_kept_features(film):
+    model = tiny_model(tiny_config(vision=dict(attention_dropout=0.5))).train()
+    model.model.vision_tower.requires_grad_(False)
+    processor = tiny_processor(model.config)
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = FrozenVisionFeatures(model, processor)(film)
+    plain = FrozenVisionFeatures(model.eval(), processor)(film)
+    assert_same([kept.features], [plain.features], tolerance=0)
+
+
+def test_prepare_encodes_what_is_missing(model, processor, film, tmp_path, monkeypatch):
+    other = write_film(tmp_path / "other.mp4", "XY", seed=3)
+    features = FrozenVisionFeatures(model, processor, tmp_path / "kept")
+    features(film)
+    calls = count_encoded(features, monkeypatch)
+    features.prepare([film, str(film), other])
+    assert sum(calls) == 2
+
+
+def test_generate_answers_from_kept_features(model, processor, film):
+    messages = conversation_to_messages({"video": str(film), "conversations": ROW[:1]})
+    options = dict(tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
+    plain = processor.apply_chat_template(messages, **options)
+    messages[0]["content"][0] = {"type": "video", "video": FrozenVisionFeatures(model, processor)(film)}
+    kept = processor.apply_chat_template(messages, **options)
+    assert "pixel_values_videos" in plain and "vision_features_videos" in kept
+    generate = dict(max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    expected, given = model.generate(**plain, **generate), model.generate(**kept, **generate)
+    assert torch.equal(given.sequences, expected.sequences)
+    assert torch.allclose(torch.stack(given.logits)[..., :-2], torch.stack(expected.logits)[..., :-2], atol=1e-4)
+
+
+def test_bad_features_are_named(model, processor, film):
+    batch = DataCollatorForVideoQA(processor, vision_features=FrozenVisionFeatures(model, processor))(rows_of(film))
+    with pytest.raises(ValueError, match=r"vision_features_videos must be floats of shape \(pictures, 4, 24\)"):
+        model(**{**batch, "vision_features_videos": batch["vision_features_videos"][:, :1]})
+    with pytest.raises(ValueError, match="picture_indices_videos must be integers.*got none"):
+        model(**{**batch, "picture_indices_videos": None})
+    with pytest.raises(ValueError, match="either pixel_values_videos or vision_features_videos"):
+        model(**batch, pixel_values_videos=torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="placeholders"):
+        model(**{**batch, "picture_indices_videos": batch["picture_indices_videos"][:-1]})
+    with pytest.raises(FileNotFoundError):
+        FrozenVisionFeatures(model, processor)("no such film.mp4")
+
+
+def test_films_encoded_and_not_encoded_cannot_share_a_batch(model, processor, film):
+    encoded = FrozenVisionFeatures(model, processor)(film)
+    with pytest.raises(ValueError, match="all of them"):
+        processor(text="<video> and <video>", videos=[encoded, str(film)])
+
+
+def test_no_warning_for_a_plain_use(model, processor, film, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FrozenVisionFeatures(model, processor, tmp_path / "kept")(film)

@@ -1,0 +1,61 @@
+"""Batches by tokens: every row once, none too large, the same for the same seed."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_config, tiny_processor
+from video_files import write_index_video
+
+from transformers_ma2mba import DataCollatorForVideoQA, batches_by_tokens
+
+PROCESSOR = tiny_processor(tiny_config())
+
+
+def row_of(seconds, number=0) -> dict:
+    turns = [{"from": "human", "value": "Who opens the door?"}, {"from": "gpt", "value": "red"}]
+    return {"id": number, "video": "none.mp4", "duration": seconds, "conversations": turns}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=40), st.integers(1, 3000), st.integers(0, 3))
+def test_each_row_is_in_one_batch_within_the_limit(lengths, max_tokens, seed):
+    rows = [row_of(seconds, number) for number, seconds in enumerate(lengths)]
+    batches = batches_by_tokens(rows, PROCESSOR, max_tokens, seed=seed)
+    assert batches == batches_by_tokens(rows, PROCESSOR, max_tokens, seed=seed)
+    assert sorted(row["id"] for batch in batches for row in batch) == list(range(len(rows)))
+    for batch in batches:
+        longest = max(row["duration"] for row in batch) * PROCESSOR.tokens_per_frame
+        assert len(batch) == 1 or longest * len(batch) <= max_tokens
+
+
+def test_lengths_are_mixed_across_batches_and_alike_within():
+    rows = [row_of(seconds) for seconds in range(1, 400)]
+    batches = batches_by_tokens(rows, PROCESSOR, 4000)
+    for batch in batches:
+        durations = [row["duration"] for row in batch]
+        assert max(durations) <= 2 * min(durations) + 40  # a row has text, too
+    longest = [max(row["duration"] for row in batch) for batch in batches]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+    assert batches != batches_by_tokens(rows, PROCESSOR, 4000, seed=1)
+
+
+def test_the_length_of_a_file_counts(tmp_path):
+    for name, count in (("short", 4), ("long", 160)):
+        write_index_video(tmp_path / f"{name}.mp4", count, fps=4, preset="ultrafast")
+    rows = [{"video": f"{name}.mp4", "conversations": row_of(0)["conversations"]} for name in ("short", "long")] * 3
+    collator = DataCollatorForVideoQA(PROCESSOR, tmp_path)
+    long = collator(rows[1:2])["input_ids"].numel()
+    batches = batches_by_tokens(rows, PROCESSOR, long + 2, folder=tmp_path)
+    assert sorted(map(len, batches))[:3] == [1, 1, 1] and max(map(len, batches)) > 1
+    for batch in batches:
+        assert collator([batch])["input_ids"].shape[0] == len(batch)
+        assert collator([batch])["input_ids"].numel() <= long + 2
+    both = collator([batches[0], batches[1]])
+    assert len(both["input_ids"]) == len(batches[0]) + len(batches[1])
+
+
+def test_bad_values_are_named():
+    with pytest.raises(ValueError, match="max_tokens must be above 0"):
+        batches_by_tokens([], PROCESSOR, 0)
+    with pytest.raises(FileNotFoundError, match="none.mp4"):
+        batches_by_tokens([{**row_of(0), "duration": None}], PROCESSOR, 10)

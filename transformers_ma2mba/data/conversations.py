@@ -1,0 +1,46 @@
+"""Rows of LLaVA-Video style lists as chat messages."""
+
+import os
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def conversation_to_messages(row: dict, folder: str | os.PathLike = "") -> list[dict]:
+    """Convert a row of a LLaVA-Video style list to chat messages.
+
+    Args:
+        row: `video` or `image` (a path, or a list of paths), and `conversations`: turns with `from` ("human" or
+            "gpt") and `value`. A row without either has only text.
+        folder: the folder of relative paths.
+
+    Returns:
+        Messages for `processor.apply_chat_template`. Videos and images come once, before the first question (paper,
+        Table 5), with or without `<image>` or `<video>` in the first turn.
+
+    Raises:
+        ValueError: if the row has no turns, a turn has an unknown speaker or no text, or a row with a video or an
+            image has no turn of a human.
+    """
+    turns = row.get("conversations")
+    if not turns:
+        raise ValueError(f"Row {row.get('id', row)!r} has no `conversations`.")
+    blocks = []
+    for kind in ("video", "image"):
+        paths = row.get(kind) or []
+        for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+            path = os.fspath(path)
+            blocks.append({"type": kind, "path": path if "://" in path else os.path.join(folder, path)})
+    messages = []
+    for turn in turns:
+        if turn.get("from") not in ROLES or not isinstance(turn.get("value"), str):
+            raise ValueError(
+                f"Row {row.get('id', row)!r} has the turn {turn!r}: `from` must be human or gpt, and `value` a text."
+            )
+        text = turn["value"].replace("<video>", "").replace("<image>", "").strip()
+        content = [{"type": "text", "text": text}]
+        if blocks and ROLES[turn["from"]] == "user":
+            content, blocks = blocks + content, []
+        messages.append({"role": ROLES[turn["from"]], "content": content})
+    if blocks:
+        raise ValueError(f"Row {row.get('id', row)!r} has a video or an image, but no turn of a human to put it into.")
+    return messages

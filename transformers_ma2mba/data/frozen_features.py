@@ -1,0 +1,184 @@
+"""The features of a frozen vision tower, kept once for each film."""
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.utils.logging import tqdm
+
+from ..gradient_checkpointing import is_sharded
+from ..modeling_ma2mba import Ma2mbaModel
+from ..processing_ma2mba import Ma2mbaProcessor
+from ..video import EncodedFrames, iter_frames
+
+
+class FrozenVisionFeatures:
+    """Encodes each film with the frozen vision tower once, and keeps the features for later epochs and runs.
+
+    A film is read a few frames at a time and each different picture is encoded once, so that neither memory nor time
+    depends on how long a picture stays on screen. Features belong to a file's path, size and time of modification, the
+    frame rate, the vision tower's weights and the way frames are prepared; if any of these changes, they are not used.
+    The vision tower runs in evaluation mode and in its own data type, without autocast.
+
+    Give it to [`DataCollatorForVideoQA`] as `vision_features`. Calling it with a path returns [`EncodedFrames`].
+
+    Args:
+        model ([`Ma2mbaForVideoQA`]): its vision tower must be frozen.
+        processor ([`Ma2mbaProcessor`]): prepares the frames.
+        folder (`str`, *optional*): keeps features there as safetensors, for all processes and later runs; it may be
+            deleted at any time. Without it they stay in this process's memory.
+    """
+
+    def __init__(self, model, processor: Ma2mbaProcessor, folder: str | os.PathLike | None = None):
+        self.model = next(module for module in model.modules() if isinstance(module, Ma2mbaModel))
+        self.processor, self.folder = processor, None if folder is None else Path(folder)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._kept: dict[str, tuple[str, EncodedFrames]] = {}
+        self._versions, self._fingerprint = None, ""
+
+    def prepare(self, paths: list[str | os.PathLike]):
+        """Encode the films that are not kept yet.
+
+        With a folder, each of several processes encodes a part of the films, and they wait for each other. Call this
+        before a DataLoader starts worker processes, which cannot use a vision tower on a GPU.
+        """
+        rank, world_size = 0, 1
+        if self.folder is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        paths = sorted({os.fspath(path) for path in paths})
+        for path in tqdm(paths[rank::world_size], desc="Encoding films", delay=2, disable=rank > 0):
+            self(path)
+        if world_size > 1:
+            torch.distributed.barrier()
+
+    def __call__(self, path: str | os.PathLike) -> EncodedFrames:
+        """Return the features of a film.
+
+        Raises:
+            FileNotFoundError: if the file does not exist.
+            ValueError: if it cannot be read, or the vision tower is trained or sharded.
+        """
+        key = self._key(path)
+        if key is None:
+            return self._encode(path)
+        kept = self._load(path, key)
+        if kept is None:
+            kept = self._encode(path)
+            if self._key(path) == key:  # otherwise the file changed while it was read
+                self._keep(path, key, kept)
+        return kept
+
+    def _key(self, path) -> str | None:
+        """All that the features of a film depend on; None for a URL, which does not tell whether it has changed."""
+        fingerprint = self._vision_fingerprint()
+        if "://" in os.fspath(path):
+            warnings.warn("The features of URLs are not kept: download the films.", stacklevel=2)
+            return None
+        stat = os.stat(path)
+        entries = {"path": os.path.realpath(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        entries |= {"frame_rate": float(self.processor.video_processor.fps), "vision": fingerprint}
+        return json.dumps(entries, sort_keys=True)
+
+    def _vision_fingerprint(self) -> str:
+        """A hash of the vision tower and of the way frames are prepared."""
+        tower, config = self.model.vision_tower, self.model.config
+        if any(map(is_sharded, tower.modules())):
+            raise ValueError(
+                "The vision tower's parameters are sharded (ZeRO-3 or FSDP), so that one process cannot encode a "
+                "film: keep the features in a folder with an unsharded model first, or train without them."
+            )
+        tensors = dict(tower.state_dict(keep_vars=True))
+        trained = [name for name, tensor in tensors.items() if tensor.requires_grad]
+        if trained:
+            raise ValueError(
+                f"Features of a vision tower that is trained cannot be kept; its parameter {trained[0]} requires "
+                "gradients. Freeze it: model.model.vision_tower.requires_grad_(False)."
+            )
+        frames = self.processor.video_processor.to_dict()
+        frames.pop("fps", None)
+        names = ("vision_feature_layer", "spatial_pool_mode", "spatial_pool_stride", "spatial_pool_rounding")
+        settings = {name: getattr(config, name) for name in (*names, "image_mean", "image_std")}
+        settings |= {"vision_config": config.vision_config.to_dict(), "video_processor": frames}
+        settings = json.dumps(settings, sort_keys=True, default=str)
+        versions = (settings, *((name, t.data_ptr(), t._version, t.dtype) for name, t in tensors.items()))
+        if versions != self._versions:  # hashing the weights takes seconds
+            digest = hashlib.sha256(settings.encode())
+            for name, tensor in sorted(tensors.items()):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            self._versions, self._fingerprint = versions, digest.hexdigest()
+        return self._fingerprint
+
+    def _file(self, key: str) -> Path:
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+
+    def _load(self, path, key: str) -> EncodedFrames | None:
+        if self.folder is None:
+            kept_key, kept = self._kept.get(os.path.realpath(path), (None, None))
+            return kept if kept_key == key else None
+        try:
+            with safe_open(self._file(key), framework="pt") as file:
+                if (file.metadata() or {}).get("key") == key:
+                    return EncodedFrames(file.get_tensor("features"), file.get_tensor("picture_indices"))
+        except (FileNotFoundError, SafetensorError):
+            pass  # not there, or damaged
+        return None
+
+    def _keep(self, path, key: str, kept: EncodedFrames):
+        if self.folder is None:
+            self._kept[os.path.realpath(path)] = (key, kept)
+            return
+        handle, partial = tempfile.mkstemp(dir=self.folder, suffix=".partial")
+        os.close(handle)
+        try:
+            save_file({"features": kept.features, "picture_indices": kept.picture_indices}, partial, {"key": key})
+            os.replace(partial, self._file(key))
+        except BaseException:
+            os.unlink(partial)
+            raise
+
+    @torch.no_grad()
+    def _encode(self, path) -> EncodedFrames:
+        fit, piece = self.processor.video_processor.frame_fitter(), self.model.config.frames_per_vision_pass
+        seen, indices, waiting, features, shown = {}, [], [], [], None
+        frames = iter_frames(
+            path,
+            self.processor.video_processor.fps,
+            transform=lambda frame: fit(torch.from_numpy(frame).permute(2, 0, 1)).numpy(),
+        )
+        for _, frame in frames:
+            if frame is not shown:  # the reader gives a frame that stays on screen as the same array
+                shown, picture = frame, hashlib.blake2b(frame, digest_size=16).digest()
+                if picture not in seen:
+                    seen[picture] = len(seen)
+                    waiting.append(torch.from_numpy(frame))
+            indices.append(seen[picture])
+            if len(waiting) == piece:
+                features.append(self._features(waiting))
+                waiting = []
+        if waiting:
+            features.append(self._features(waiting))
+        return EncodedFrames(torch.cat(features), torch.tensor(indices))
+
+    def _features(self, frames: list[torch.Tensor]) -> torch.Tensor:
+        tower = self.model.vision_tower
+        if tower.device.type != "cpu" and torch.utils.data.get_worker_info() is not None:
+            raise RuntimeError(
+                "A worker process of a DataLoader cannot encode films on a GPU: call `prepare` before training, with "
+                "a folder, or set dataloader_num_workers=0."
+            )
+        training = tower.training
+        tower.eval()
+        try:
+            with torch.autocast(tower.device.type, enabled=False):
+                pixels = self.processor.video_processor.frame_normalizer()(torch.stack(frames))
+                return self.model.get_vision_features(pixels).cpu()
+        finally:
+            tower.train(training)
