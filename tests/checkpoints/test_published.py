@@ -124,6 +124,14 @@ def test_options_of_the_layers():
     [
         (dict(ssm_cfg={}), "layer='Mamba1'"),
         (dict(ssm_cfg={"layer": "Mamba2", "D_has_hdim": True}), "D_has_hdim=True"),
+        (dict(ssm_cfg={"layer": "Mamba2", "activation": "relu"}), "activation='relu'"),
+        (dict(ssm_cfg={"layer": "Mamba2", "headdim": "64"}), "headdim='64', but headdim must be a whole number above"),
+        (dict(ssm_cfg="Mamba2"), "ssm_cfg='Mamba2', but ssm_cfg must be an object"),
+        (dict(d_model=2048.0), "d_model=2048.0, but d_model must be a whole number above 0"),
+        (dict(vocab_size=None), "lacks vocab_size"),
+        (dict(pad_vocab_size_multiple=0), "pad_vocab_size_multiple=0"),
+        (dict(tie_embeddings="true"), "tie_embeddings='true', but tie_embeddings must be true or false"),
+        (dict(norm_epsilon=1e-6), "norm_epsilon=1e-06"),
         (dict(d_intermediate=64), "d_intermediate=64"),
         (dict(attn_layer_idx=[3]), "attn_layer_idx"),
         (dict(rms_norm=False), "rms_norm=False"),
@@ -131,6 +139,9 @@ def test_options_of_the_layers():
         (dict(mm_patch_merge_type="spatial_unpad"), "mm_patch_merge_type"),
         (dict(mm_vision_select_feature="cls_patch"), "mm_vision_select_feature"),
         (dict(mm_hidden_size=768), "mm_hidden_size is 768.*1152"),
+        (dict(mm_vision_select_layer=[-2]), "mm_vision_select_layer must be a whole number"),
+        (dict(mm_spatial_pool_stride=0), "mm_spatial_pool_stride=0"),
+        (dict(mm_vision_tower=[SO400M]), "mm_vision_tower must be a string"),
         (dict(mm_vision_tower=None), "lacks mm_vision_tower"),
         (dict(mm_vision_tower="nobody/nothing"), "'nobody/nothing' cannot be read"),
     ],
@@ -138,6 +149,14 @@ def test_options_of_the_layers():
 def test_other_architectures_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         published_config(published(**changes))
+
+
+def test_null_means_the_default():
+    needed = {"model_type", "d_model", "n_layer", "vocab_size", "ssm_cfg", "mm_vision_tower"}
+    config = {key: value for key, value in published(mm_vision_tower=CLIP).items() if key in needed}
+    nulls = {**dict.fromkeys(published()), **config}
+    nulls["ssm_cfg"] = {"layer": "Mamba2", "d_state": None, "expand": None, "rmsnorm": None, "d_ssm": None}
+    assert published_config(nulls).to_dict() == published_config(config).to_dict()
 
 
 def test_a_vision_encoder_of_another_kind(tmp_path):

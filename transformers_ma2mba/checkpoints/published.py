@@ -124,9 +124,10 @@ def published_config(config: dict) -> Ma2mbaConfig:
         config: the content of `config.json`.
 
     Raises:
-        ValueError: if the configuration describes another architecture, or `mm_vision_tower` cannot be read.
+        ValueError: if the configuration describes another architecture, a value is of another kind, or
+            `mm_vision_tower` cannot be read.
     """
-    _check_supported(config)
+    config = _checked(config)
     text_config = original_mamba2_config(config)
     vision_config = _published_vision_config(config)
     is_siglip = vision_config.model_type == "siglip_vision_model"
@@ -136,7 +137,7 @@ def published_config(config: dict) -> Ma2mbaConfig:
             f"a width of {vision_config.hidden_size}: set mm_vision_tower in config.json to the encoder that was used."
         )
     normalisation = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if is_siglip else {}
-    mode = config.get("mm_spatial_pool_mode") or "bilinear"
+    mode = config.get("mm_spatial_pool_mode", "bilinear")
     first_placeholder = _first_placeholder(config["vocab_size"], text_config.vocab_size)
     optional = {"frames_per_vision_pass": config.get("vision_encode_chunk_size")}
     optional["dtype"] = config.get("dtype", config.get("torch_dtype"))
@@ -145,7 +146,7 @@ def published_config(config: dict) -> Ma2mbaConfig:
         text_config=text_config,
         vision_feature_layer=-1 if is_siglip else config.get("mm_vision_select_layer", -2),
         spatial_pool_mode=mode,
-        spatial_pool_stride=config.get("mm_spatial_pool_stride") or 2,
+        spatial_pool_stride=config.get("mm_spatial_pool_stride", 2),
         spatial_pool_rounding="up" if mode == "bilinear" else "down",
         image_token_id=first_placeholder,
         video_token_id=first_placeholder + 1,
@@ -165,16 +166,17 @@ def original_mamba2_config(config: dict) -> Mamba2Config:
         config: the content of `config.json`, with `d_model`, `n_layer`, `vocab_size` and `ssm_cfg`.
 
     Raises:
-        ValueError: if a key is missing, or the layers are not plain Mamba-2.
+        ValueError: if a key is missing, a value is of another kind, or the layers are not plain Mamba-2.
     """
+    config = _without_nulls(config)
     missing = [key for key in ("d_model", "n_layer", "vocab_size") if key not in config]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}, which a Mamba-2 in the original layout has.")
-    ssm = {"layer": "Mamba1", **(config.get("ssm_cfg") or {})}
-    wrong = {key: ssm[key] for key, plain in _PLAIN_SSM.items() if ssm.get(key, plain) != plain}
-    wrong |= {key: config[key] for key, plain in _PLAIN_TRUNK.items() if (config.get(key) or plain) != plain}
-    if config.get("rms_norm") is False:
-        wrong["rms_norm"] = False
+    _check_values(config, _VALUES)
+    ssm = {"layer": "Mamba1", **_without_nulls(config.get("ssm_cfg", {}))}
+    _check_values(ssm, _SSM_VALUES)
+    wrong = {key: ssm[key] for key, plain in _PLAIN_SSM.items() if key in ssm and ssm[key] not in plain}
+    wrong |= {key: config[key] for key, plain in _PLAIN_TRUNK.items() if config.get(key, plain) != plain}
     if wrong:
         listed = ", ".join(f"{key}={value!r}" for key, value in wrong.items())
         raise ValueError(f"config.json says {listed}: only language models of plain Mamba-2 layers are supported.")
@@ -188,7 +190,7 @@ def original_mamba2_config(config: dict) -> Mamba2Config:
         "chunk_size": 256,
         **names,
     }
-    multiple = config.get("pad_vocab_size_multiple") or 8
+    multiple = config.get("pad_vocab_size_multiple", 8)
     return Mamba2Config(
         vocab_size=-(-config["vocab_size"] // multiple) * multiple,
         hidden_size=config["d_model"],
@@ -218,13 +220,57 @@ SSM_NAMES = {
     "dt_init_floor": "time_step_floor",
     "dt_limit": "time_step_limit",
 }
-# Options of mamba-ssm that `Mamba2Config` cannot express, and the value that it stands for.
-_PLAIN_SSM = {"layer": "Mamba2", "rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False, "d_ssm": None}
-_PLAIN_TRUNK = {"d_intermediate": 0, "attn_layer_idx": []}
+# Options of mamba-ssm that `Mamba2Config` cannot express, and the values that it stands for.
+_PLAIN_SSM = {
+    "layer": ("Mamba2",),
+    "rmsnorm": (True,),
+    "norm_before_gate": (False,),
+    "D_has_hdim": (False,),
+    "d_ssm": (),
+    "activation": ("swish", "silu"),
+}
+_PLAIN_TRUNK = {"d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True, "norm_epsilon": 1e-5}
+_KINDS = {
+    "a whole number": lambda value: type(value) is int,
+    "a whole number above 0": lambda value: type(value) is int and value > 0,
+    "true or false": lambda value: isinstance(value, bool),
+    "a string": lambda value: isinstance(value, str),
+    "an object": lambda value: isinstance(value, dict),
+}
+_VALUES = {
+    "d_model": "a whole number above 0",
+    "n_layer": "a whole number above 0",
+    "vocab_size": "a whole number above 0",
+    "pad_vocab_size_multiple": "a whole number above 0",
+    "ssm_cfg": "an object",
+    "residual_in_fp32": "true or false",
+    "tie_embeddings": "true or false",
+    "mm_vision_tower": "a string",
+    "mm_hidden_size": "a whole number above 0",
+    "mm_vision_select_layer": "a whole number",
+    "mm_spatial_pool_stride": "a whole number above 0",
+    "vision_encode_chunk_size": "a whole number above 0",
+}
+_SSM_VALUES = dict.fromkeys(
+    ("d_state", "d_conv", "expand", "headdim", "ngroups", "chunk_size"), "a whole number above 0"
+)
 
 
-def _check_supported(config: dict):
-    """Check the parts of the authors' configuration that have one supported value."""
+def _without_nulls(config: dict) -> dict:
+    """Leave out the keys that are null, which mean the same as absent ones."""
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _check_values(config: dict, kinds: dict):
+    for key, kind in kinds.items():
+        if key in config and not _KINDS[kind](config[key]):
+            raise ValueError(f"config.json says {key}={config[key]!r}, but {key} must be {kind}.")
+
+
+def _checked(config: dict) -> dict:
+    """Check the parts of the authors' configuration that have one supported value; return it without nulls."""
+    config = _without_nulls(config)
+    _check_values(config, _VALUES)
     expected = {
         "mm_projector_type": ("mlp2x_gelu",),
         "mm_patch_merge_type": ("flat",),
@@ -232,14 +278,20 @@ def _check_supported(config: dict):
         "mm_spatial_pool_mode": ("bilinear", "average", "max"),
     }
     for key, values in expected.items():
-        if config.get(key) is not None and config[key] not in values:
+        if key in config and config[key] not in values:
             raise ValueError(f"config.json says {key}={config[key]!r}, but only {' or '.join(values)} is supported.")
     if not config.get("mm_vision_tower"):
         raise ValueError("config.json lacks mm_vision_tower, the hub name or the folder of the vision encoder.")
+    return config
 
 
 def _published_vision_config(config: dict) -> PreTrainedConfig:
-    vision_config = vision_encoder_config(config["mm_vision_tower"])
+    try:
+        vision_config = vision_encoder_config(config["mm_vision_tower"])
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Set mm_vision_tower to it, or to one of {', '.join(KNOWN_VISION_ENCODERS)}."
+        ) from error
     if vision_config.model_type == "siglip_vision_model":
         vision_config.num_hidden_layers -= 1
         vision_config.vision_use_head = False
@@ -261,8 +313,8 @@ def vision_encoder_config(name: str) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"The configuration of the vision encoder {name!r} cannot be read ({_first_line(error)}): set "
-            f"mm_vision_tower to a folder with its files, or to one of {', '.join(KNOWN_VISION_ENCODERS)}."
+            f"The configuration of the vision encoder {name!r} cannot be read ({_first_line(error)}). A "
+            "folder with its files is needed."
         ) from error
     config = getattr(config, "vision_config", config)
     if config.model_type not in ("clip_vision_model", "siglip_vision_model"):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
+from transformers import AutoModel, PreTrainedConfig
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
@@ -14,14 +14,9 @@ from transformers.image_utils import (
 )
 
 from .mamba2_layouts import read_json
+from .published import vision_encoder_config
 from .tensor_files import StoredWeights, TensorFolder, check_tensors
 
-_CONFIGS = {
-    "clip": CLIPVisionConfig,
-    "clip_vision_model": CLIPVisionConfig,
-    "siglip": SiglipVisionConfig,
-    "siglip_vision_model": SiglipVisionConfig,
-}
 _NORMALISATION = {
     "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
@@ -52,12 +47,8 @@ def open_vision_encoder(folder: str | os.PathLike) -> VisionEncoder:
         ValueError: if the folder holds another model, or weights that do not fit.
     """
     folder = Path(folder)
-    settings = read_json(folder / "config.json")
-    kind = settings.get("model_type")
-    if kind not in _CONFIGS:
-        raise ValueError(f"{str(folder)!r} holds a {kind!r} model; a CLIP or SigLIP vision encoder is needed.")
-    config = _CONFIGS[kind].from_dict(settings.get("vision_config") or {} if kind in ("clip", "siglip") else settings)
     tensors = TensorFolder(folder)
+    config = vision_encoder_config(str(folder))
     names = {_tower_name(name): name for name in tensors if not name.startswith(_OTHER_PARTS)}
     names.pop(_BUFFER, None)
     if config.model_type == "siglip_vision_model" and not any(name.startswith("head.") for name in names):
