@@ -33,6 +33,7 @@ from transformers import (
 
 from transformers_ma2mba import Ma2mbaConfig, Ma2mbaForVideoQA, Ma2mbaProcessor
 from transformers_ma2mba.checkpoints.published import to_published
+from transformers_ma2mba.checkpoints.tensor_files import TensorFolder
 from transformers_ma2mba.command_line import main
 
 LOGITS = dict(rtol=1e-5, atol=1e-5)
@@ -139,6 +140,17 @@ def test_another_vision_encoder_when_loading(encoders, tmp_path):
         AutoModel.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, mm_vision_tower=str(encoders / "siglip"))
     assert_equals_the_reference(model, weights, config, "siglip")
+    tiny_tokenizer().save_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, mm_vision_tower=str(encoders / "siglip"))
+    assert processor.tokens_per_frame == model.config.tokens_per_frame
+
+
+def test_a_subfolder(encoders):
+    config = authors_config(encoders / "siglip")
+    weights = authors_weights(config)
+    write_checkpoint(encoders / "published", config, weights, tiny_tokenizer(), files=2)
+    assert_equals_the_reference(AutoModel.from_pretrained(encoders, subfolder="published"), weights, config, "siglip")
+    assert type(AutoProcessor.from_pretrained(encoders, subfolder="published")) is Ma2mbaProcessor
 
 
 # After loading
@@ -159,6 +171,17 @@ def test_saving_writes_our_layout(encoders, tmp_path):
     assert not any(info.values()), info
     assert_equals_the_reference(model, weights, config, "clip")
     assert AutoProcessor.from_pretrained(tmp_path / "ours").tokens_per_frame == 9
+
+
+def test_saving_over_the_shards(encoders):
+    """Their index stays behind. The new file counts."""
+    config = authors_config(encoders / "siglip")
+    weights = authors_weights(config)
+    folder = write_checkpoint(encoders / "published", config, weights, files=3)
+    AutoModel.from_pretrained(folder).save_pretrained(folder)
+    assert (folder / "model.safetensors.index.json").exists()
+    assert_equals_the_reference(AutoModel.from_pretrained(folder), weights, config, "siglip")
+    assert {to_published(name) for name in TensorFolder(folder)} == weights.keys()
 
 
 def test_configuration(encoders):
@@ -283,6 +306,17 @@ def test_a_tied_head_that_is_stored(encoders):
     assert_equals_the_reference(model, weights, config, "siglip")
 
 
+def test_a_tied_head_that_differs(encoders):
+    config = authors_config(encoders / "siglip")
+    weights = authors_weights(config)
+    weights["lm_head.weight"] = weights["backbone.embedding.weight"].flip(0)
+    folder = write_checkpoint(encoders / "published", config, weights)
+    with pytest.raises(ValueError, match="Different, though tie_embeddings is true: .* and lm_head.weight"):
+        AutoModel.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, tie_embeddings=False)
+    assert_equals_the_reference(model, weights, {**config, "tie_embeddings": False}, "siglip")
+
+
 @pytest.mark.parametrize("broken", ["no weights", "other shapes"])
 def test_a_vision_encoder_that_does_not_fit(encoders, broken):
     config = authors_config(encoders / "siglip")
@@ -305,10 +339,26 @@ def test_broken_files(encoders, suffix, files):
     folder = write_checkpoint(encoders / "published", config, authors_weights(config), files=files, suffix=suffix)
     file = sorted(folder.glob(f"*.{suffix}"))[-1]
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(ValueError, match="published' cannot be read .*cut short: download it again"):
+    with pytest.raises(ValueError, match=f"published' cannot be read: .*{file.name} is truncated.* Download"):
         AutoModel.from_pretrained(folder)
     file.unlink()
     with pytest.raises(OSError, match=file.name if files > 1 else "no file"):
+        AutoModel.from_pretrained(folder)
+
+
+def test_weights_in_another_dictionary(encoders):
+    config = authors_config(encoders / "siglip")
+    folder = write_checkpoint(encoders / "published", config, {"state_dict": authors_weights(config)}, suffix="bin")
+    with pytest.raises(ValueError, match="cannot be read: .*pytorch_model.bin is no dictionary of tensors"):
+        AutoModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "{}"])
+def test_a_broken_index(encoders, content):
+    config = authors_config(encoders / "siglip")
+    folder = write_checkpoint(encoders / "published", config, authors_weights(config), files=2)
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match="cannot be read: .*model.safetensors.index.json is no index of shards"):
         AutoModel.from_pretrained(folder)
 
 
@@ -351,6 +401,14 @@ def test_the_pipeline_answers(encoders, named):
     expected = dict(zip(answers, torch.stack(likelihoods).softmax(0).tolist(), strict=True))
     ranked = qa(video=frames, question=question, candidates=answers)
     assert {entry["answer"]: pytest.approx(entry["score"], rel=1e-3) for entry in ranked} == expected
+
+
+def test_options_of_the_processor(encoders):
+    folder = write_checkpoint(encoders / "published", authors_config(encoders / "siglip"), {}, tiny_tokenizer())
+    assert AutoProcessor.from_pretrained(folder, frame_rate=2.0).video_processor.fps == 2.0
+    processor = AutoProcessor.from_pretrained(folder, fps=0.5, num_frames=8)
+    assert (processor.video_processor.fps, processor.video_processor.num_frames) == (0.5, 8)
+    assert list(processor.video_processor.image_mean) == [0.5, 0.5, 0.5]
 
 
 def test_a_tokenizer_without_its_configuration(encoders):

@@ -8,10 +8,12 @@ No published file was at hand when this was written; see [`published`][transform
 
 import copy
 import errno
+import json
 import logging
 import re
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 from pickle import UnpicklingError
 
 from safetensors import SafetensorError
@@ -32,9 +34,11 @@ from .published import (
     published_tokenizer,
     to_published,
 )
+from .tensor_files import WEIGHT_FILES, TensorFolder
 
-# The options of `from_pretrained` that are for the Hub, and hold for every repository.
+# The options of `from_pretrained` that hold for every repository, and those for the checkpoint's alone.
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+_PLACE_OPTIONS = ("revision", "subfolder")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _LISTED = 20
 
@@ -114,10 +118,10 @@ class LlavaMambaForVideoQA(Ma2mbaForVideoQA):
         """
         name = str(pretrained_model_name_or_path)
         if not isinstance(config, PublishedMa2mbaConfig):
-            config = AutoConfig.from_pretrained(config or name, **_hub_options(kwargs, "revision"))
+            config = AutoConfig.from_pretrained(config or name, **_hub_options(kwargs, *_PLACE_OPTIONS))
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # they are in the error
-        with _without_loading_report(), _naming_broken_files(name):
+        with _without_loading_report(), _naming_broken_files(name, _hub_options(kwargs, *_PLACE_OPTIONS)):
             model, info = super().from_pretrained(
                 name, *model_args, config=config.plain(), output_loading_info=True, **kwargs
             )
@@ -151,14 +155,15 @@ class LlavaMambaProcessor(Ma2mbaProcessor):
 
         Args:
             pretrained_model_name_or_path: a hub name or a folder.
-            kwargs: options that say how to reach the Hub.
+            kwargs: options that say how to reach the Hub, keys of `config.json` and fields of [`Ma2mbaConfig`] to
+                replace, and options of [`Ma2mbaVideoProcessor`].
 
         Raises:
             ValueError: if no tokenizer can be loaded, or it has another number of tokens than the configuration says.
         """
         name = str(pretrained_model_name_or_path)
-        hub_options = _hub_options(kwargs, "revision")
-        config = AutoConfig.from_pretrained(name, **hub_options)
+        hub_options = _hub_options(kwargs, *_PLACE_OPTIONS)
+        config = AutoConfig.from_pretrained(name, **kwargs)
         lenient = {f"_raise_exceptions_for_{case}": False for case in ("missing_entries", "connection_errors")}
         if not any(cached_file(name, file, **hub_options, **lenient) for file in _TOKENIZER_FILES):
             name, hub_options = config.tokenizer_name, _hub_options(kwargs)
@@ -169,7 +174,10 @@ class LlavaMambaProcessor(Ma2mbaProcessor):
                 f"The tokenizer {name!r} cannot be loaded: put its files beside config.json, or set tokenizer_name "
                 f"there to a folder with them. {error}"
             ) from error
-        return Ma2mbaProcessor.from_model_config(config.plain(), with_special_tokens(tokenizer))
+        processor = Ma2mbaProcessor.from_model_config(config.plain(), with_special_tokens(tokenizer))
+        video_processor = processor.video_processor
+        processor.video_processor = type(video_processor).from_dict(video_processor.to_dict(), **kwargs)
+        return processor
 
 
 def with_special_tokens(tokenizer):
@@ -206,6 +214,8 @@ class _Misfits:
         self.left_over = left_over.difference(self.heads)
         self.mismatched = sorted(info["mismatched_keys"], key=str)
         self.lacks_vision = bool(used) and used <= self.missing
+        # Transformers takes the head out of the mapping where both weights are stored and differ.
+        self.two_heads = model.config.tie_word_embeddings and "lm_head.weight" not in model.all_tied_weights_keys
 
     def message(self, name: str) -> str | None:
         """One message with all differences and the ways out; None if there are none."""
@@ -220,6 +230,8 @@ class _Misfits:
                 for key, found, expected in self.mismatched
             )
             parts.append(f"Of another shape: {_listed(shapes, '; ')}.")
+        if self.two_heads:
+            parts.append("Different, though tie_embeddings is true: backbone.embedding.weight and lm_head.weight.")
         if not parts:
             return None
         return "\n".join(
@@ -228,8 +240,9 @@ class _Misfits:
                 *parts,
                 "What to do: if files are missing or were cut short, download them again. If shapes differ, compare "
                 "d_model, n_layer, ssm_cfg, vocab_size, pad_vocab_size_multiple and mm_vision_tower in config.json "
-                "with the shapes above; if lm_head.weight is missing, set tie_embeddings to true. To load the "
-                "weights that do fit, and to initialise the others at random, pass strict=False to from_pretrained.",
+                "with the shapes above. Set tie_embeddings to true if lm_head.weight is missing, and to false if it "
+                "differs. To load the weights that do fit, and to initialise the others at random, pass strict=False "
+                "to from_pretrained.",
             ]
         )
 
@@ -264,7 +277,7 @@ def _load_vision_encoder(model: Ma2mbaForVideoQA, name: str, hub_options: dict) 
         "it in config.json, to a folder with the encoder's files."
     )
     try:
-        with _without_loading_report(), _naming_broken_files(name):
+        with _without_loading_report(), _naming_broken_files(name, hub_options):
             source, info = type(tower).from_pretrained(
                 name,
                 config=copy.deepcopy(model.config.vision_config),
@@ -301,16 +314,40 @@ def _without_loading_report():
 
 
 @contextmanager
-def _naming_broken_files(name: str):
-    """Turn the readers' errors about a file that is cut short into one that says what to do."""
+def _naming_broken_files(name: str, options: dict):
+    """Turn the readers' errors about a damaged file of weights, or their index, into one that names the file."""
     try:
         yield
-    except (SafetensorError, UnpicklingError, EOFError, RuntimeError, OSError) as error:
-        # PyTorch raises a plain RuntimeError or an OSError for an invalid argument, by the place of the cut.
-        is_other_runtime_error = isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error)
-        is_other_os_error = isinstance(error, OSError) and error.errno != errno.EINVAL
-        if is_other_runtime_error or is_other_os_error:
+    except _READ_ERRORS as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a missing file, which the message names
             raise
-        raise ValueError(
-            f"A weight file of {name!r} cannot be read ({error}). It may have been cut short: download it again."
-        ) from error
+        reason = _reason_of_broken_files(name, options)
+        if reason is None and isinstance(error, (SafetensorError, UnpicklingError, EOFError)):
+            reason = f"{error!r}."
+        if reason:
+            raise ValueError(f"The weights of {name!r} cannot be read: {reason} Download them again.") from error
+        raise
+
+
+# PyTorch raises a plain RuntimeError, or an OSError for an invalid argument, by the place where a file was cut.
+_READ_ERRORS = (
+    SafetensorError,
+    UnpicklingError,
+    EOFError,
+    RuntimeError,
+    OSError,
+    json.JSONDecodeError,
+    KeyError,
+    AttributeError,
+)
+
+
+def _reason_of_broken_files(name: str, options: dict) -> str | None:
+    folder = Path(cached_file(name, "config.json", **options)).parent
+    if not any((folder / file).is_file() for file in WEIGHT_FILES):
+        return None  # files of another name, by `variant`
+    try:
+        TensorFolder(folder)
+    except ValueError as error:
+        return str(error)
+    return None

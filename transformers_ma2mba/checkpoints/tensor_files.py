@@ -37,11 +37,12 @@ _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _LONGEST_HEADER = 100 * 2**20  # of safetensors, too
 _MAPPED_BYTES = 2**25  # of a mapped file, before its pages are given back
 
+# In the order of Transformers: a model that is saved over shards may leave their index behind.
 WEIGHT_FILES = (
-    "model.safetensors.index.json",
     "model.safetensors",
-    "pytorch_model.bin.index.json",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
 
 
