@@ -1,6 +1,9 @@
 """The authors' layout through the Auto classes: equal to a plain reference, and one clear error where it differs."""
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -129,6 +132,40 @@ def test_vision_weights_come_from_the_encoder_if_the_checkpoint_has_none(encoder
     encoder = load_file(encoders / kind / "model.safetensors")
     weights |= {VISION.replace("vision_model.", name): weight for name, weight in encoder.items()}
     assert_equals_the_reference(model, weights, config, kind)
+
+
+_LOADING_UNDER_ZERO3 = """
+import sys, deepspeed, torch
+from transformers import AutoModel
+from transformers.integrations import HfDeepSpeedConfig
+import transformers_ma2mba
+folder, store, output_file = sys.argv[1:]
+deepspeed.ops.__compatible_ops__ = {}  # on a CPU, DeepSpeed would compile its own all-reduce for minutes
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+settings = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero})
+model = AutoModel.from_pretrained(folder)
+assert not any(parameter.numel() for parameter in model.parameters()), "ZeRO-3 has not taken the weights apart"
+with deepspeed.zero.GatheredParameters(list(model.parameters())):
+    torch.save({name: weight.clone() for name, weight in model.state_dict().items()}, output_file)
+"""
+
+
+def test_vision_weights_come_from_the_encoder_under_zero3(encoders):
+    """As the Trainer loads with a DeepSpeed configuration. Outside of a gathering, parameters are empty."""
+    config = authors_config(encoders / "siglip")
+    weights = {name: weight for name, weight in authors_weights(config).items() if not name.startswith(VISION)}
+    folder = write_checkpoint(encoders / "published", config, weights)
+    files = [str(encoders / name) for name in ("published", "store", "weights.bin")]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "LOCAL_RANK": "0"}
+    command = [sys.executable, "-c", _LOADING_UNDER_ZERO3, *files]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert finished.returncode == 0, finished.stderr
+    expected = AutoModel.from_pretrained(folder).state_dict()
+    loaded = torch.load(files[-1])
+    assert loaded.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(loaded[name], expected[name])] == []
 
 
 def test_another_vision_encoder_when_loading(encoders, tmp_path):

@@ -12,13 +12,15 @@ import json
 import logging
 import re
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.core_model_loading import WeightRenaming
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
 
 from ..configuration_ma2mba import Ma2mbaConfig
@@ -294,8 +296,18 @@ def _load_vision_encoder(model: Ma2mbaForVideoQA, name: str, hub_options: dict) 
         raise ValueError(
             f"The vision encoder {name!r} lacks weights or has them in another shape: {_listed(lacking)}. {what_to_do}"
         )
-    tower.load_state_dict(source.state_dict())
+    with _whole_parameters(source, tower):
+        tower.load_state_dict(source.state_dict())
     return {VISION_PREFIX + key for key in source.state_dict()}
+
+
+def _whole_parameters(source: nn.Module, target: nn.Module):
+    """Gather the parameters of two modules while one is copied into the other, where ZeRO-3 has spread both."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([*source.parameters(), *target.parameters()], modifier_rank=0)
 
 
 @contextmanager
