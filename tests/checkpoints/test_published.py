@@ -103,7 +103,13 @@ def test_a_vision_encoder_in_a_folder(tmp_path):
 
 @pytest.mark.parametrize(
     "tokens, multiple, rows, placeholder",
-    [(50277, 16, 50288, 50277), (50277, 8, 50280, 50277), (50288, 16, 50288, 50277), (382, 16, 384, 382)],
+    [
+        (50277, 16, 50288, 50277),
+        (50277, 8, 50280, 50277),
+        (50288, 16, 50288, 50277),
+        (50432, 16, 50432, 50277),
+        (382, 16, 384, 382),
+    ],
 )
 def test_padded_vocabulary(tokens, multiple, rows, placeholder):
     config = published_config(published(vocab_size=tokens, pad_vocab_size_multiple=multiple))

@@ -14,8 +14,9 @@ from ..configuration_ma2mba import CLIP_VIT_LARGE_336, Ma2mbaConfig
 MODEL_TYPE = "llava_mamba"
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 
-# The number of tokens of DEFAULT_TOKENIZER. The embedding has more rows, which are padding.
+# The number of tokens of DEFAULT_TOKENIZER, and the largest number that configurations give for it, with padding.
 _GPT_NEOX_TOKENS = 50277
+_GPT_NEOX_ROWS = 50432
 
 # Vision encoders whose configuration is known without a download.
 _SIGLIP_SO400M_384 = SiglipVisionConfig(
@@ -325,7 +326,7 @@ def vision_encoder_config(name: str) -> PreTrainedConfig:
 
 def _first_placeholder(num_tokens: int, num_rows: int) -> int:
     """The first of two rows of the embedding that no token of the tokenizer uses."""
-    if _GPT_NEOX_TOKENS <= num_tokens < _GPT_NEOX_TOKENS + 64 and num_rows >= _GPT_NEOX_TOKENS + 2:
+    if _GPT_NEOX_TOKENS <= num_tokens <= _GPT_NEOX_ROWS and num_rows >= _GPT_NEOX_TOKENS + 2:
         return _GPT_NEOX_TOKENS  # some configurations give the padded number of tokens
     return min(num_tokens, num_rows - 2)
 
