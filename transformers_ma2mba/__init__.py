@@ -1,6 +1,7 @@
 """Video-Ma²mba for Transformers. Importing the package registers it with the Auto classes and `pipeline`."""
 
 from . import auto  # noqa: F401  registers the classes
+from .checkpoints import add_shim
 from .configuration_ma2mba import Ma2mbaConfig
 from .data import DataCollatorForVideoQA, FrozenVisionFeatures, batches_by_tokens, conversation_to_messages
 from .gradient_checkpointing import (
@@ -34,6 +35,7 @@ __all__ = [
     "VideoSession",
     "VideoStreamError",
     "__version__",
+    "add_shim",
     "batches_by_tokens",
     "causal_lm_loss",
     "conversation_to_messages",

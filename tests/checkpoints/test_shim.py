@@ -10,8 +10,8 @@ import pytest
 from tiny import tiny_config
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from transformers_ma2mba import Ma2mbaConfig, Ma2mbaForVideoQA, Ma2mbaProcessor
-from transformers_ma2mba.checkpoints.shim import SHIM_NAME, add_shim
+from transformers_ma2mba import Ma2mbaConfig, Ma2mbaForVideoQA, Ma2mbaProcessor, add_shim
+from transformers_ma2mba.checkpoints.shim import SHIM_NAME
 
 
 @pytest.fixture
