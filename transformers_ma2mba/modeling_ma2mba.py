@@ -231,6 +231,8 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         """
         self._check_pixels(pixels, "pixels")
         device = self.vision_tower.device
+        if device.type == "meta":
+            device = pixels.device  # the weights are offloaded, and the hook that fetches them moves the pixels
         if pixels.dtype == torch.uint8:
             mean = torch.tensor(self.config.image_mean, device=device).view(3, 1, 1)
             std = torch.tensor(self.config.image_std, device=device).view(3, 1, 1)

@@ -248,6 +248,17 @@ def test_options_of_loading(encoders, auto_class):
     assert_equals_the_reference(model, weights, config, "siglip")
 
 
+@pytest.mark.parametrize("offloaded", ["model.vision_tower", "model.language_model"])
+def test_offload_to_disk(encoders, offloaded):
+    config = authors_config(encoders / "siglip", tie_embeddings=False)
+    weights = authors_weights(config)
+    folder = write_checkpoint(encoders / "published", config, weights, files=2)
+    parts = ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head")
+    device_map = {part: "disk" if part == offloaded else "cpu" for part in parts}
+    model = AutoModel.from_pretrained(folder, device_map=device_map, offload_folder=encoders / "disk")
+    assert_equals_the_reference(model, weights, config, "siglip")
+
+
 def test_only_the_auto_classes_read_this_layout(encoders):
     folder = write_checkpoint(encoders / "published", authors_config(encoders / "siglip"), {})
     with pytest.raises(ValueError, match="'llava_mamba'.*AutoModel"):
