@@ -295,7 +295,11 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
     def _project_kept_features(self, features_PNC: torch.Tensor, picture_indices_F: torch.Tensor):
         """Project each picture once, and repeat it for all frames that show it."""
         self._check_features(features_PNC, picture_indices_F)
-        features_PNC = features_PNC.to(self.multi_modal_projector.linear_1.weight.device)
+        device = self.multi_modal_projector.linear_1.weight.device
+        if (
+            device.type != "meta"
+        ):  # otherwise the weights are offloaded, and the hook that fetches them moves the inputs
+            features_PNC = features_PNC.to(device)
         features_PND = self._in_pieces(self._project, features_PNC).pooler_output
         return BaseModelOutputWithPooling(pooler_output=features_PND[picture_indices_F.to(features_PND.device)])
 

@@ -101,6 +101,8 @@ class FrozenVisionFeatures:
                 f"Features of a vision tower that is trained cannot be kept; its parameter {trained[0]} requires "
                 "gradients. Freeze it: model.model.vision_tower.requires_grad_(False)."
             )
+        if any(tensor.is_meta for tensor in tensors.values()):
+            raise ValueError("The vision tower is offloaded, so that its features cannot be kept: load it as a whole.")
         frames = self.processor.video_processor.to_dict()
         frames.pop("fps", None)
         names = ("vision_feature_layer", "spatial_pool_mode", "spatial_pool_stride", "spatial_pool_rounding")
