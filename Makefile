@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
+SEED ?= 0
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-kernels quality style default-checkpoint
@@ -47,12 +48,13 @@ style: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 demo: $(VENV)/.installed
-	$(BIN)/python examples/make_videos.py --output_dir $(DEMO)/data
-	$(BIN)/python examples/make_tiny_model.py --train_file $(DEMO)/data/train.json --output_dir $(DEMO)/untrained
-	$(LAUNCH) examples/train.py examples/recipes/demo_clips.yaml \
+	$(BIN)/python examples/make_videos.py --output_dir $(DEMO)/data --seed $(SEED)
+	$(BIN)/python examples/make_tiny_model.py --train_file $(DEMO)/data/train.json --output_dir $(DEMO)/untrained \
+		--seed $(SEED)
+	$(LAUNCH) examples/train.py examples/recipes/demo_clips.yaml --seed $(SEED) \
 		--model_name_or_path $(DEMO)/untrained --output_dir $(DEMO)/clips \
 		--train_file $(DEMO)/data/train.json --validation_file $(DEMO)/data/validation.json
-	$(LAUNCH) examples/train.py examples/recipes/demo_films.yaml \
+	$(LAUNCH) examples/train.py examples/recipes/demo_films.yaml --seed $(SEED) \
 		--model_name_or_path $(DEMO)/clips --output_dir $(DEMO)/model \
 		--train_file $(DEMO)/data/train_films.json --keep_features $(DEMO)/features
 	OMP_NUM_THREADS=1 $(BIN)/python examples/evaluate.py --model $(DEMO)/model --output_file $(DEMO)/accuracy.json \

@@ -221,7 +221,7 @@ def test_recipe_must_hold_options(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        ("demo_clips", {"keep_frames": True, "num_train_epochs": 9, "learning_rate": 1e-3}),
+        ("demo_clips", {"keep_frames": True, "num_train_epochs": 6, "learning_rate": 1e-3}),
         ("demo_films", {"freeze": ["vision_tower"], "tokens_per_batch": 8192, "learning_rate": 5e-4}),
     ],
 )
