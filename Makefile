@@ -1,4 +1,5 @@
 # make demo          install, write films, train on them, print the accuracy, answer questions about one film
+# make day           train the demo's model on with films of up to 24 hours, and print the accuracy
 # make test          install, run the tests
 # make test-kernels  run mamba-ssm's kernels too, in Triton's interpreter: no GPU is needed
 # make quality       check style and lint; `make style` corrects them where it can
@@ -9,7 +10,7 @@ DEMO ?= demo
 SEED ?= 0
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-kernels quality style default-checkpoint
+.PHONY: demo day test test-kernels quality style default-checkpoint
 
 # One process with one thread for each core: models this small lose more than they gain by sharing an operation among
 # threads. `--multi_gpu` is accelerate's name for several processes, on CPUs too.
@@ -61,6 +62,15 @@ demo: $(VENV)/.installed
 		$(DEMO)/data/validation.json $(DEMO)/data/long.json $(DEMO)/data/hours.json
 	$(BIN)/python examples/ask.py --model $(DEMO)/model $(DEMO)/data/validation/00000.mp4 \
 		"Which shape appears?" "Which way does the ball move?" "Which colour is the flash?"
+
+day: $(VENV)/.installed
+	$(BIN)/python examples/make_videos.py --output_dir $(DEMO)/day --seed $(SEED) --max_film_seconds 86400 \
+		--num_train 0 --num_validation 0 --num_long 0 --num_hours 8
+	$(LAUNCH) examples/train.py examples/recipes/demo_day.yaml --seed $(SEED) \
+		--model_name_or_path $(DEMO)/model --output_dir $(DEMO)/day/model \
+		--train_file $(DEMO)/day/train_films.json --keep_features $(DEMO)/day/features
+	OMP_NUM_THREADS=1 $(BIN)/python examples/evaluate.py --model $(DEMO)/day/model --output_file $(DEMO)/day/accuracy.json \
+		$(DEMO)/data/validation.json $(DEMO)/data/long.json $(DEMO)/data/hours.json $(DEMO)/day/hours.json
 
 # The model of `make demo` as the one that the task loads by default.
 default-checkpoint:

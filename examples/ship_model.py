@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 import transformers_ma2mba  # noqa: F401  registers the classes
 
+COLUMNS = {"validation": "clips", "long": "films of 80 seconds", "hours": "films of two hours"}
 CARD = """\
 ---
 library_name: transformers
@@ -29,8 +30,9 @@ parameters, sees frames of {size} x {size} pixels once a second, and was made by
 
 {questions}
 
-Accuracy on {num_validation} questions about films it has not seen, and on {num_long} about films four times as long as
-any it was trained on, asked one by one. The most frequent answer alone gets at most {guessing:.2f} of a kind right.
+It was trained on clips of 8 to 20 seconds, and then on films of 8 seconds to two hours. Accuracy on questions about
+films that it has not seen, asked one by one: {counts}. The most frequent answer alone gets at most {guessing:.2f} of a
+kind right.
 
 {table}
 
@@ -48,18 +50,20 @@ def main():
 
     model = AutoModel.from_pretrained(args.model)
     results = json.loads(args.accuracy.read_text())
-    validation, long = results["validation"], results["long"]
-    rows = [f"| {kind} | {validation[kind]['accuracy']:.3f} | {long[kind]['accuracy']:.3f} |" for kind in validation]
+    columns = {title: results[name] for name, title in COLUMNS.items()}
+    rows = [
+        f"| {kind} |" + "".join(f" {result[kind]['accuracy']:.3f} |" for result in columns.values())
+        for kind in results["validation"]
+    ]
     card = CARD.format(
         parameters=f"{model.num_parameters() / 1e6:.2f}M",
         size=model.config.vision_config.image_size,
         questions="\n".join(
             f"- {question} ({', '.join(choices[:-1])} or {choices[-1]})" for question, choices in QUESTIONS.values()
         ),
-        num_validation=validation["all"]["questions"],
-        num_long=long["all"]["questions"],
-        guessing=max(result["guessing"] for result in validation.values()),
-        table="\n".join(["| kind | held out | four times longer |", "| --- | ---: | ---: |", *rows]),
+        counts=", ".join(f"{result['all']['questions']} about {title}" for title, result in columns.items()),
+        guessing=max(kind["guessing"] for kind in results["validation"].values()),
+        table="\n".join([f"| kind | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns), *rows]),
     )
     model.save_pretrained(args.output_dir)
     AutoProcessor.from_pretrained(args.model).save_pretrained(args.output_dir)
