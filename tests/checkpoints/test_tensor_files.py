@@ -7,6 +7,8 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import tiny_config, tiny_model
+from transformers import Mamba2Model
 
 from transformers_ma2mba.checkpoints.tensor_files import (
     PlannedTensor,
@@ -91,6 +93,53 @@ def test_tensors_that_share_memory_or_have_gaps(tmp_path):
     assert_same(TensorFolder(tmp_path), {"embedding": weight, "head": weight, "turned": weight.T})
 
 
+def test_parameters_are_read_as_tensors(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(3))
+    torch.save({"weight": weight}, tmp_path / "pytorch_model.bin")
+    found = TensorFolder(tmp_path)["weight"]
+    assert type(found) is torch.Tensor and not found.requires_grad
+
+
+def test_of_two_sets_of_weights_transformers_takes_the_single_file(tmp_path):
+    """`save_pretrained` into the folder of another model may leave that model's index, or its single file."""
+    model = tiny_model(tiny_config()).model.language_model
+    model.save_pretrained(tmp_path)
+    in_shards = {name: torch.zeros_like(weight) for name, weight in model.state_dict().items()}
+    write_in_shards(tmp_path, in_shards, 2, "safetensors")
+    torch.save(in_shards, tmp_path / "pytorch_model.bin")
+    assert_same(TensorFolder(tmp_path), Mamba2Model.from_pretrained(tmp_path).state_dict())
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("change", ["overwritten", "shortened", "replaced"])
+def test_a_file_that_changes_while_it_is_read(tmp_path, kind, change):
+    file = tmp_path / {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}[kind]
+    save = save_file if kind == "safetensors" else torch.save
+    save({"a": torch.ones(5000), "b": torch.ones(5000)}, file)
+    os.utime(file, (1, 1))
+    found = TensorFolder(tmp_path)
+    assert torch.equal(found["a"], torch.ones(5000))
+    if change == "shortened":
+        os.truncate(file, 100)
+    else:
+        save({"a": torch.zeros(5000), "b": torch.zeros(5000)}, tmp_path / "new")
+        if change == "overwritten":
+            file.write_bytes((tmp_path / "new").read_bytes())
+        else:
+            os.utime(tmp_path / "new", (1, 1))
+            (tmp_path / "new").replace(file)
+    with pytest.raises(ValueError, match=f"{file.name} was changed or replaced while it was read"):
+        found["b"]
+
+
+def test_a_pickle_of_old_pytorch_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers_ma2mba.checkpoints.tensor_files._MAPPED_BYTES", 100)
+    torch.save(some_tensors(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    found = TensorFolder(tmp_path)
+    monkeypatch.setattr(torch, "load", None)
+    assert_same(found, some_tensors())
+
+
 def test_membership_reads_no_data(tmp_path, monkeypatch):
     save_file(some_tensors(), tmp_path / "model.safetensors")
     found = TensorFolder(tmp_path)
@@ -110,9 +159,10 @@ def test_a_pickle_with_code_is_refused(tmp_path):
         TensorFolder(tmp_path)
 
 
-def test_a_pickle_of_something_else_is_refused(tmp_path):
-    torch.save({"state_dict": {"weight": torch.ones(1)}}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="no dictionary of tensors"):
+@pytest.mark.parametrize("content", [{"state_dict": {"weight": torch.ones(1)}}, {3: torch.ones(1)}, torch.ones(1)])
+def test_a_pickle_of_something_else_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="no dictionary of named tensors"):
         TensorFolder(tmp_path)
 
 
@@ -125,6 +175,25 @@ def test_a_truncated_file_is_named(tmp_path, file, kept):
     with pytest.raises(ValueError, match=rf"{file} (is (truncated|damaged)|has a header)") as caught:
         TensorFolder(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"data_offsets": [8, 24]}, r"data of weight at \[8, 24\] does not have the shape \[2\] in F32"),
+        ({"shape": [3]}, r"data of weight at \[0, 8\] does not have the shape \[3\] in F32"),
+        ({"shape": ["x"]}, "does not have the shape"),
+        ({"shape": None}, "NoneType"),
+        ({"dtype": "F4"}, "weight has the dtype 'F4', which is not supported"),
+        ({"data_offsets": [-8, 0]}, r"data of weight at \[-8, 0\]"),
+    ],
+)
+def test_a_header_that_does_not_fit_its_data(tmp_path, entry, message):
+    whole = {"weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **entry}}
+    header = json.dumps(whole).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    with pytest.raises(ValueError, match=f"model.safetensors has a header that cannot be read: .*{message}"):
+        TensorFolder(tmp_path)
 
 
 def test_a_missing_shard_is_named(tmp_path):
@@ -151,7 +220,7 @@ def test_an_index_cannot_lead_outside_of_its_folder(tmp_path, path):
         TensorFolder(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"weight": 3}}', "\ufeff{}"])
 def test_an_index_that_is_none(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ValueError, match="no index of shards"):
@@ -191,6 +260,14 @@ def test_a_tensor_is_stored_in_the_planned_dtype_and_shape(tmp_path):
     assert TensorFolder(tmp_path)["weight"].dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"weight has shape \(4,\), expected \(3,\)"):
         write_safetensors(tmp_path, {"weight": PlannedTensor(info, lambda: torch.ones(4))})
+
+
+def test_values_beyond_the_range_of_the_planned_dtype(tmp_path):
+    info = TensorInfo((2,), torch.float16)
+    with pytest.raises(ValueError, match="weight has values beyond the range of torch.float16"):
+        write_safetensors(tmp_path, {"weight": PlannedTensor(info, lambda: torch.tensor([1.0, 1e5]))})
+    write_safetensors(tmp_path, {"weight": PlannedTensor(info, lambda: torch.tensor([1.0, -torch.inf]))})
+    assert TensorFolder(tmp_path)["weight"].tolist() == [1, -torch.inf]
 
 
 def test_a_pickle_is_read_by_pytorch(tmp_path):
@@ -233,6 +310,36 @@ def test_a_folder_with_files_is_not_overwritten(tmp_path):
     with new_folder(tmp_path / "empty") as folder:
         (folder / "file").write_text("content")
     assert (tmp_path / "empty" / "file").exists()
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_leads_to_the_folder_that_it_names(tmp_path, exists):
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    if exists:
+        (tmp_path / "folder").mkdir()
+    with new_folder(tmp_path / "link") as folder:
+        (folder / "file").write_text("content")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "file").read_text() == "content"
+
+
+def test_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with new_folder(".") as folder:
+        (folder / "file").write_text("content")
+    assert (tmp_path / "here" / "file").exists()
+
+
+def test_a_mounted_file_system_is_refused_at_once(tmp_path, monkeypatch):
+    """It can be neither removed nor renamed to."""
+    monkeypatch.setattr(os.path, "ismount", lambda path: os.fspath(path) == os.fspath(tmp_path / "disk"))
+    (tmp_path / "disk").mkdir()
+    with pytest.raises(ValueError, match="disk' is a mounted file system: name a new folder inside it"):
+        with new_folder(tmp_path / "disk"):
+            raise AssertionError
+    with new_folder(tmp_path / "disk" / "inside"):
+        pass
+    assert (tmp_path / "disk" / "inside").is_dir()
 
 
 def test_one_error_lists_all_differences():

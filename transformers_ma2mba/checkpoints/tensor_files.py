@@ -59,11 +59,29 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class _SafetensorsFile:
-    """The tensors of a safetensors file, read by position."""
+class _WeightFile:
+    """A file of weights that must stay as it is while its tensors are read."""
 
     def __init__(self, path: Path):
         self.path = path
+        self.info: dict[str, TensorInfo] = {}
+        self._stamp = self._current_stamp()
+
+    def _current_stamp(self) -> tuple[int, ...]:
+        status = self.path.stat()
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+    def check_unchanged(self):
+        """Raise a ValueError if the file was changed or replaced, since its tensors would be those of two files."""
+        if self._current_stamp() != self._stamp:
+            raise ValueError(f"{self.path} was changed or replaced while it was read: run the command again.")
+
+
+class _SafetensorsFile(_WeightFile):
+    """The tensors of a safetensors file, read by position."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
         size = path.stat().st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -71,18 +89,26 @@ class _SafetensorsFile:
                 raise ValueError(
                     f"{path} is truncated or no safetensors file: its header does not fit its {size} bytes."
                 )
-            try:
-                header = json.loads(file.read(length))
-                header.pop("__metadata__", None)
-                self.info = {
-                    name: TensorInfo(tuple(entry["shape"]), _DTYPES[entry["dtype"]]) for name, entry in header.items()
-                }
-                self.starts = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
-            except (ValueError, TypeError, AttributeError, KeyError) as error:
-                raise ValueError(f"{path} has a header that cannot be read: {error!r}.") from error
+            header = file.read(length)
+        try:
+            entries = json.loads(header)
+            entries.pop("__metadata__", None)
+            self.starts = {name: 8 + length + self._add(name, **entry) for name, entry in entries.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} has a header that cannot be read: {error}.") from error
         end = max((self.starts[name] + info.num_bytes for name, info in self.info.items()), default=0)
         if size < end:
             raise ValueError(f"{path} is truncated: it has {size} bytes of {end}. Download or copy it again.")
+
+    def _add(self, name: str, dtype: str, shape: list[int], data_offsets: list[int]) -> int:
+        """Add a tensor of the header, and return the place of its data."""
+        if dtype not in _DTYPES:
+            raise ValueError(f"{name} has the dtype {dtype!r}, which is not supported")
+        self.info[name] = TensorInfo(tuple(shape), _DTYPES[dtype])
+        start, end = data_offsets
+        if start < 0 or end - start != self.info[name].num_bytes:
+            raise ValueError(f"the data of {name} at {data_offsets} does not have the shape {shape} in {dtype}")
+        return start
 
     def read(self, name: str) -> torch.Tensor:
         info = self.info[name]
@@ -95,14 +121,15 @@ class _SafetensorsFile:
         return data.view(info.dtype).reshape(info.shape)
 
 
-class _PickleFile:
+class _PickleFile(_WeightFile):
     """The tensors of a file that `torch.save` wrote, mapped into memory and never executed."""
 
     def __init__(self, path: Path):
-        self.path = path
+        super().__init__(path)
+        self.is_mapped = True
+        self.bytes_read = 0
         self.tensors = self._open()
         self.info = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors.items()}
-        self.bytes_read = 0
 
     def _open(self) -> dict[str, torch.Tensor]:
         try:
@@ -112,6 +139,7 @@ class _PickleFile:
                 if "mmap" not in str(error):
                     raise
                 # A file of before PyTorch 1.6 cannot be mapped.
+                self.is_mapped = False
                 loaded = torch.load(self.path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(
@@ -121,17 +149,19 @@ class _PickleFile:
             raise ValueError(
                 f"{self.path} is truncated or damaged: {(str(error) or repr(error)).splitlines()[0]}"
             ) from error
-        if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-            raise ValueError(f"{self.path} is no dictionary of tensors, as a model's weights are.")
+        if not isinstance(loaded, Mapping) or not all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
+        ):
+            raise ValueError(f"{self.path} is no dictionary of named tensors, as a model's weights are.")
         return dict(loaded)
 
     def read(self, name: str) -> torch.Tensor:
         num_bytes = self.info[name].num_bytes
-        if self.bytes_read and self.bytes_read + num_bytes > _MAPPED_BYTES:
+        if self.is_mapped and self.bytes_read and self.bytes_read + num_bytes > _MAPPED_BYTES:
             self.tensors, self.bytes_read = None, 0  # unmaps the file, whose pages count as this process's memory
             self.tensors = self._open()
         self.bytes_read += num_bytes
-        return self.tensors[name].clone(memory_format=torch.contiguous_format)
+        return self.tensors[name].detach().clone(memory_format=torch.contiguous_format)
 
 
 class TensorFolder(Mapping):
@@ -159,11 +189,11 @@ class TensorFolder(Mapping):
     def _shards(self, index: str) -> dict:
         path = self.folder / index
         try:
-            weight_map = json.loads(path.read_text())["weight_map"]
+            weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
             names = sorted(set(weight_map.values()))
+            outside = [name for name in names if not _stays_inside(name)]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no index of shards: it has no readable weight_map.") from error
-        outside = [name for name in names if not _stays_inside(name)]
         if outside:
             raise ValueError(f"{path} names files outside of its folder, which are not read: {', '.join(outside)}.")
         missing = [name for name in names if not (self.folder / name).is_file()]
@@ -182,7 +212,11 @@ class TensorFolder(Mapping):
         return self._files[name].info[name]
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._files[name].read(name)
+        file = self._files[name]
+        file.check_unchanged()  # before reading too, because the pages of a shortened file kill the process
+        tensor = file.read(name)
+        file.check_unchanged()
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -242,8 +276,10 @@ class PlannedTensor:
         tensor = self.read()
         if tuple(tensor.shape) != self.info.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {self.info.shape}.")
-        tensor = tensor.detach().to("cpu", self.info.dtype).contiguous()
-        return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        stored = tensor.detach().to("cpu", self.info.dtype).contiguous()
+        if stored.dtype != tensor.dtype and stored.isinf().sum() > tensor.isinf().sum():
+            raise ValueError(f"{name} has values beyond the range of {self.info.dtype}: choose another dtype.")
+        return memoryview(stored.reshape(-1).view(torch.uint8).numpy())
 
 
 def write_safetensors(folder: Path, tensors: dict[str, PlannedTensor], max_shard_size: int = 5 * 10**9) -> None:
@@ -347,15 +383,18 @@ class _UnmappingFile:
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary folder beside `path`, and rename it to `path` if all goes well; otherwise remove it.
 
+    A link leads to the folder that it names.
+
     Raises:
-        ValueError: if `path` exists already and is no empty folder.
+        ValueError: if `path` exists already and is no empty folder, or a file system is mounted there.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
+    if os.path.ismount(target):
+        raise ValueError(f"{str(path)!r} is a mounted file system: name a new folder inside it for the output.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{str(path)!r} exists already: name a new or an empty folder for the output.")
-    parent = Path(os.path.abspath(target)).parent
-    parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=parent))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         folder = temporary / target.name  # with the usual permissions, which a temporary folder does not have
         folder.mkdir()
