@@ -186,6 +186,24 @@ def test_all_that_does_not_fit_is_listed(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_quantized_weights_are_refused(tmp_path, dtype):
+    config = original.settings()
+    name = "backbone.layers.0.mixer.in_proj.weight"
+    state = original.weights(config)
+    original.write_original(tmp_path, config, {**state, name: state[name].to(dtype)})
+    with pytest.raises(ValueError, match=f"{name} in .* is stored as {dtype}: quantized weights cannot be used"):
+        open_language_model(tmp_path)
+
+
+def test_heads_that_do_not_divide_the_width(tmp_path):
+    config = original.settings(ssm_cfg={"layer": "Mamba2", "d_state": 16, "headdim": 24})
+    original.write_original(tmp_path, config, original.weights(config))
+    with pytest.raises(ValueError, match="configuration in .* cannot be used: .*head_dim") as caught:
+        open_language_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_mamba1_weights_are_refused(tmp_path):
     config = original.settings()
     original.write_original(tmp_path, config, {"backbone.embedding.weight": torch.ones(384, 32)})
@@ -215,6 +233,15 @@ def test_codestral_without_its_sizes(tmp_path):
     original.write_codestral(tmp_path, config, original.weights(config))
     edit(tmp_path / "params.json", dim=None)
     with pytest.raises(ValueError, match="params.json lacks dim"):
+        open_language_model(tmp_path)
+
+
+def test_codestral_without_a_layer_s_weights(tmp_path):
+    config = original.settings(ssm_cfg={"layer": "Mamba2", "headdim": 8, "ngroups": 8})
+    state = original.weights(config)
+    del state["backbone.layers.0.mixer.out_proj.weight"]
+    original.write_codestral(tmp_path, config, state)
+    with pytest.raises(ValueError, match="the weights lack out_proj.weight of layer 0"):
         open_language_model(tmp_path)
 
 

@@ -15,7 +15,7 @@ from ..configuration_ma2mba import Ma2mbaConfig
 from ..modeling_ma2mba import Ma2mbaForVideoQA
 from ..processing_ma2mba import Ma2mbaProcessor
 from .building import empty_model, has_tokenizer, initialised, load_tokenizer, save_around_weights, stored_shapes
-from .mamba2_layouts import drop_tied_head, read_json
+from .mamba2_layouts import drop_tied_head, matrix_dtype, read_json
 from .published import (
     VISION_PREFIX,
     is_frame_selector_head,
@@ -68,8 +68,7 @@ def convert_published(
         "The authors use that of EleutherAI/gpt-neox-20b",
     )
     processor = Ma2mbaProcessor.from_model_config(config, text_tokenizer)
-    readers, infos = _read_published(folder, config)
-    trunk_dtype = infos["model.language_model.layers.0.mixer.in_proj.weight"].dtype
+    readers, infos, trunk_dtype = _read_published(folder, config)
     model = empty_model(config, dtype or trunk_dtype)
     _add_vision(model, settings["mm_vision_tower"], readers, infos)
     shapes = stored_shapes(model)
@@ -84,8 +83,12 @@ def convert_published(
     return config
 
 
-def _read_published(folder: Path, config: Ma2mbaConfig) -> tuple[dict, dict]:
-    """Find the weights that the model has a place for, by our names: how to read them, their shapes and dtypes."""
+def _read_published(folder: Path, config: Ma2mbaConfig) -> tuple[dict, dict, torch.dtype]:
+    """Find the weights that the model has a place for.
+
+    Returns:
+        by our names, how to read the weights; likewise their shapes and dtypes; the dtype of the language model.
+    """
     tensors, names, heads = TensorFolder(folder), {}, []
     for stored in tensors:
         if is_frame_selector_head(stored):
@@ -101,10 +104,12 @@ def _read_published(folder: Path, config: Ma2mbaConfig) -> tuple[dict, dict]:
         )
     if config.tie_word_embeddings:
         drop_tied_head(folder, tensors, names, _EMBEDDINGS)
-    if "model.language_model.layers.0.mixer.in_proj.weight" not in names:
+    matrix = "model.language_model.layers.0.mixer.in_proj.weight"
+    if matrix not in names:
         raise ValueError(f"The weights in {str(folder)!r} have no backbone.layers.0.mixer.in_proj.weight. {_ADVICE}")
     readers = {name: partial(tensors.__getitem__, stored) for name, stored in names.items()}
-    return readers, {name: tensors.info(stored) for name, stored in names.items()}
+    infos = {name: tensors.info(stored) for name, stored in names.items()}
+    return readers, infos, matrix_dtype(tensors, names[matrix])
 
 
 def _add_vision(model: Ma2mbaForVideoQA, vision_tower: str, readers: dict, infos: dict) -> None:

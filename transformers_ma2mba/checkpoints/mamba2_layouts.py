@@ -42,15 +42,27 @@ class LanguageModel(StoredWeights):
     Args:
         layout: `"original"`, `"transformers"` or `"codestral"`.
         config: its configuration in Transformers.
+        dtype: the dtype of its matrices.
     """
 
     layout: str
     config: Mamba2Config
+    dtype: torch.dtype
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of its matrices."""
-        return self.info("backbone.layers.0.mixer.in_proj.weight").dtype
+
+def matrix_dtype(tensors: TensorFolder, name: str) -> torch.dtype:
+    """Return the dtype of a stored matrix.
+
+    Raises:
+        ValueError: if no model can compute in it, since the weights are quantized.
+    """
+    dtype = tensors.info(name).dtype
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(
+            f"{name} in {str(tensors.folder)!r} is stored as {dtype}: quantized weights cannot be used, take the "
+            "model's original ones."
+        )
+    return dtype
 
 
 def read_json(path: Path) -> dict:
@@ -62,7 +74,7 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"There is no {path.name} in {str(path.parent)!r}.")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON file: {error}.") from error
     if not isinstance(content, dict):
@@ -103,7 +115,8 @@ def open_language_model(folder: str | os.PathLike) -> LanguageModel:
     try:
         config = _READERS[layout](settings, shapes, folder)
     except Exception as error:  # its class depends on Transformers and on the wrong field
-        raise ValueError(f"The configuration in {str(folder)!r} cannot be used: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The configuration in {str(folder)!r} cannot be used: {reason}") from error
     with torch.device("meta"):
         expected = {name: tuple(value.shape) for name, value in Mamba2ForCausalLM(config).state_dict().items()}
     if config.tie_word_embeddings:
@@ -111,7 +124,8 @@ def open_language_model(folder: str | os.PathLike) -> LanguageModel:
         drop_tied_head(folder, tensors, names, "backbone.embeddings.weight")
         shapes.pop("lm_head.weight", None)
     check_tensors(str(folder), expected, shapes, _ADVICE)
-    return LanguageModel(tensors, {name: names[name] for name in expected}, layout, config)
+    dtype = matrix_dtype(tensors, names["backbone.layers.0.mixer.in_proj.weight"])
+    return LanguageModel(tensors, {name: names[name] for name in expected}, layout, config, dtype)
 
 
 def _recognise(folder: Path) -> tuple[str, dict]:
@@ -204,6 +218,9 @@ def _read_codestral(settings: dict, shapes: dict, folder: Path) -> Mamba2Config:
     if missing:
         raise ValueError(f"params.json lacks {' and '.join(sorted(missing))}.")
     mixer = {name.rpartition("mixer.")[2]: shape for name, shape in shapes.items() if ".layers.0.mixer." in name}
+    missing = {"conv1d.weight", "dt_bias", "out_proj.weight"} - mixer.keys()
+    if missing:
+        raise ValueError(f"the weights lack {' and '.join(sorted(missing))} of layer 0.")
     heads, intermediate = mixer["dt_bias"][0], mixer["out_proj.weight"][1]
     state_size = settings.get("d_state", 128)
     return Mamba2Config(
