@@ -5,8 +5,9 @@ import json
 import original_mamba2 as original
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from references import authors_config, authors_weights, random_weights, vision_shapes, write_checkpoint, write_encoder
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import random_pixels, tiny_config, tiny_model, tiny_processor
 from transformers import AutoModel, AutoTokenizer, Mamba2ForCausalLM
 
@@ -172,7 +173,105 @@ def test_settings_without_a_place_in_the_authors_layout(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, "vision_config.hidden_act = 'gelu' would become 'quick_gelu'"),
+        ({"layer_norm_eps": 1e-6}, "vision_config.layer_norm_eps = 1e-06 would become 1e-05"),
+    ],
+)
+def test_a_vision_encoder_that_computes_otherwise(tmp_path, changes, message):
+    """Its weights would load into the encoder that is named, without an error."""
+    save(tmp_path / "model", vision=changes)
+    config = tiny_config().vision_config
+    write_encoder(tmp_path / "clip", "clip", random_weights(vision_shapes("clip", 3)))
+    config.save_pretrained(tmp_path / "clip")
+    with pytest.raises(ValueError, match=message):
+        export_model(tmp_path / "model", tmp_path / "out", "published", vision_tower=str(tmp_path / "clip"))
+
+
+def test_the_tokens_and_their_end_have_no_place_in_the_authors_layout(tmp_path):
+    options = {"image_token_id": 379, "video_token_id": 380, "unpadded_vocab_size": 382}
+    tiny_model(tiny_config(text={"eos_token_id": 2}, **options)).save_pretrained(tmp_path / "model")
+    tiny_config().vision_config.save_pretrained(tmp_path / "clip")
+    with pytest.raises(ValueError, match="unpadded_vocab_size = 382 would become 381; text_config.eos_token_id = 2 "):
+        export_model(tmp_path / "model", tmp_path / "out", "published", vision_tower=str(tmp_path / "clip"))
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("layout", ["transformers", "original"])
+def test_the_model_decides_whether_the_head_is_tied(tmp_path, tie, layout):
+    """Its configuration says it twice, and the language model's own part may say otherwise."""
+    config = tiny_config(text={"tie_word_embeddings": not tie}, tie_word_embeddings=tie)
+    model = tiny_model(config)
+    model.save_pretrained(tmp_path / "model")
+    export_model(tmp_path / "model", tmp_path / "out", layout)
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert settings["tie_word_embeddings" if layout == "transformers" else "tie_embeddings"] == tie
+    with torch.no_grad():
+        expected = model(torch.tensor([IDS])).logits[0]
+        if layout == "transformers":
+            found = Mamba2ForCausalLM.from_pretrained(tmp_path / "out")(torch.tensor([IDS])).logits[0]
+        else:
+            state = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
+            found = original.logits(settings, state, IDS)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_matrices_decide_the_dtype_of_mixed_weights(tmp_path):
+    save(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = {name: w.bfloat16() if w.ndim == 2 else w for name, w in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    export_model(tmp_path / "model", tmp_path / "out", "transformers")
+    assert Mamba2ForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert {exported[f"backbone.{name}.weight"].dtype for name in ("embeddings", "norm_f")} == {
+        torch.bfloat16,
+        torch.float32,
+    }
+
+
+def test_a_model_after_training(tmp_path):
+    """Tokens were added, an adapter was merged, and the vision encoder was trained."""
+    model = save(tmp_path / "model")
+    model.resize_token_embeddings(392)
+    config = LoraConfig(target_modules=["in_proj"], init_lora_weights=False)
+    merged = get_peft_model(model, config).merge_and_unload()
+    for weight in merged.model.vision_tower.parameters():
+        weight.data += 0.1
+    merged.save_pretrained(tmp_path / "trained")
+    for layout in ("transformers", "original"):
+        export_model(tmp_path / "trained", tmp_path / layout, layout)
+    stock = Mamba2ForCausalLM.from_pretrained(tmp_path / "transformers")
+    ids = [*IDS, 388]
+    settings = json.loads((tmp_path / "original" / "config.json").read_text())
+    state = torch.load(tmp_path / "original" / "pytorch_model.bin", weights_only=True)
+    with torch.no_grad():
+        expected, found = (either(torch.tensor([ids])).logits[0] for either in (merged, stock))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(original.logits(settings, state, ids), expected, rtol=1e-5, atol=1e-5)
+
+
 # Errors
+
+
+def test_a_configuration_that_cannot_be_used(tmp_path):
+    save(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "frame_rate": "fast"}))
+    with pytest.raises(ValueError, match="configuration in .*model' cannot be used: .*frame_rate") as caught:
+        export_model(tmp_path / "model", tmp_path / "out", "original")
+    assert "\n" not in str(caught.value)
+
+
+def test_quantized_weights_are_refused(tmp_path, published):
+    folder, weights = published()
+    name = "backbone.layers.0.mixer.in_proj.weight"
+    settings = json.loads((folder / "config.json").read_text())
+    write_checkpoint(folder, settings, {**weights, name: weights[name].to(torch.int8)})
+    with pytest.raises(ValueError, match=f"{name} in .* is stored as torch.int8: quantized"):
+        convert_published(folder, tmp_path / "ours", tokenizer=tmp_path / "other", dtype=torch.float32)
 
 
 def test_other_models_are_refused(tmp_path, published):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -32,6 +33,13 @@ LAYOUTS = {
 }
 # Written by a tokenizer, whatever its class. `tokenizer_config.json` names the processor; both work with it alone.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+_VISION_FIELDS = ("model_type", "hidden_size", "intermediate_size", "image_size", "patch_size", "num_attention_heads")
+_VISION_FIELDS += ("hidden_act", "layer_norm_eps")
+# Settings that the authors' layout must give back.
+_COMPARED = ("spatial_pool_rounding", "projector_hidden_act", "multimodal_projector_bias", "frame_rate")
+_COMPARED += ("image_token_id", "video_token_id", "unpadded_vocab_size", "image_mean", "image_std")
+_COMPARED += ("text_config.eos_token_id", *(f"vision_config.{field}" for field in _VISION_FIELDS))
 
 
 def export_model(
@@ -62,7 +70,7 @@ def export_model(
     kind = read_json(source / "config.json").get("model_type")
     if kind != "ma2mba":
         raise ValueError(f"{str(source)!r} holds a {kind!r} model; export takes a saved Ma2mbaForVideoQA.")
-    config = Ma2mbaConfig.from_pretrained(source)
+    config = _read_config(source)
     tensors = TensorFolder(source)
     expected = stored_shapes(empty_model(config, config.dtype or torch.float32))
     found = {name: tensors.info(name).shape for name in tensors}
@@ -82,6 +90,18 @@ def export_model(
                 shutil.copyfile(source / name, folder / name)
 
 
+def _read_config(source: Path) -> Ma2mbaConfig:
+    try:
+        config = Ma2mbaConfig.from_pretrained(source)
+    except Exception as error:  # its class depends on Transformers and on the wrong field
+        raise ValueError(
+            f"The configuration in {str(source)!r} cannot be used: {' '.join(str(error).split())}"
+        ) from error
+    # The model goes by its own setting, and a language model alone by that of its part.
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings
+    return config
+
+
 def _stock_name(name: str) -> str | None:
     """Return the name in `Mamba2ForCausalLM` of one of our parameters, or None if it has none."""
     if name.startswith("model.language_model."):
@@ -92,7 +112,7 @@ def _stock_name(name: str) -> str | None:
 def _write_transformers(folder: Path, source: Path, config: Ma2mbaConfig, language: dict, max_shard_size: int):
     text_config = config.text_config
     text_config.architectures = [Mamba2ForCausalLM.__name__]
-    text_config.dtype = next(iter(language.values())).info.dtype
+    text_config.dtype = language["backbone.layers.0.mixer.in_proj.weight"].info.dtype
     text_config.save_pretrained(folder)
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
@@ -107,6 +127,7 @@ def _write_original(folder: Path, text_config: PreTrainedConfig, language: dict)
 
 
 def _write_published(folder: Path, config: Ma2mbaConfig, planned: dict, vision_tower: str | None, max_shard_size: int):
+    config.unpadded_vocab_size = config.unpadded_vocab_size or config.text_config.vocab_size  # None: all are tokens
     settings = _published_settings(config, vision_tower)
     _write_json(folder / "config.json", settings)
     read_back = published_config(settings)
@@ -151,8 +172,7 @@ def _published_settings(config: Ma2mbaConfig, vision_tower: str | None) -> dict:
 def _known_vision_tower(config: Ma2mbaConfig) -> str:
     vision = config.vision_config
     for name, known in KNOWN_VISION_ENCODERS.items():
-        sizes = ("model_type", "hidden_size", "intermediate_size", "image_size", "patch_size", "num_attention_heads")
-        if all(getattr(known, size) == getattr(vision, size) for size in sizes):
+        if all(getattr(known, field) == getattr(vision, field) for field in _VISION_FIELDS):
             return name
     raise ValueError(
         "The authors' configuration names a vision encoder, and this model's is not one of "
@@ -162,12 +182,10 @@ def _known_vision_tower(config: Ma2mbaConfig) -> str:
 
 def _lost(config: Ma2mbaConfig, read_back: Ma2mbaConfig) -> list[str]:
     """List the settings that the authors' layout would change."""
-    fields = ["spatial_pool_rounding", "projector_hidden_act", "multimodal_projector_bias", "frame_rate"]
-    fields += ["image_token_id", "video_token_id", "tokens_per_frame", "image_mean", "image_std"]
     lost = [
-        f"{name} = {getattr(config, name)!r} would become {getattr(read_back, name)!r}"
-        for name in fields
-        if getattr(config, name) != getattr(read_back, name)
+        f"{path} = {found!r} would become {becomes!r}"
+        for path in _COMPARED
+        if (found := attrgetter(path)(config)) != (becomes := attrgetter(path)(read_back))
     ]
     layers = config.vision_config.num_hidden_layers, read_back.vision_config.num_hidden_layers
     used = [c.vision_feature_layer % (n + 1) for c, n in zip((config, read_back), layers, strict=True)]
