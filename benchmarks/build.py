@@ -1,12 +1,14 @@
-"""Measure the memory of `transformers-ma2mba build` at the real sizes of a published model, with random weights.
+"""Measure the memory of `build`, `export` and `convert` at the real sizes of a published model, with random weights.
 
-    python benchmarks/build.py --size 1.3b
+    python benchmarks/build.py --size 2.7b --dtype bfloat16
 
 Writes a Mamba-2 in the original layout and a CLIP ViT-L/14-336 in Transformers' into a temporary folder, in several
-files each, and builds a model of them in a process of its own. Results go to benchmarks/results/build.json.
+files each, builds a model of them, exports it in each layout, and converts the authors' layout back. Each command runs
+in a process of its own. Results go to benchmarks/results/build.json.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,15 @@ from transformers_ma2mba import Ma2mbaConfig
 # Mamba-2's sizes in the original configuration: 48 layers of width 2,048, for instance.
 SIZES = {"370m": "0.7b", "1.3b": "1.8b", "2.7b": "3.1b"}
 TOKENS = 50277
+
+# The commands by the names of their outputs, with paths in the temporary folder; later ones read earlier outputs.
+COMMANDS = {
+    "built": ["build", "--language_model", "language", "--vision_model", "vision"],
+    "transformers": ["export", "built", "--layout", "transformers"],
+    "original": ["export", "built", "--layout", "original"],
+    "published": ["export", "built", "--layout", "published"],
+    "converted": ["convert", "published"],
+}
 
 
 def write_sources(folder: Path, size: str, dtype: torch.dtype) -> int:
@@ -75,47 +86,53 @@ def write_shards(folder: Path, shapes: dict, dtype: torch.dtype, stem: str, kind
 
 
 def worker(job: dict):
-    """Run the command as a user does, and yield its peak of resident memory."""
-    folder = Path(job["folder"])
+    """Run a command as a user does, and yield its peak of resident memory."""
+    output = Path(job["folder"], job["output"])
     code = "import sys; from transformers_ma2mba.command_line import main; main(sys.argv[1:]); "
     code += "print(1024 * int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]))"
-    command = ["build", "--language_model", folder / "language", "--vision_model", folder / "vision"]
+    command = COMMANDS[job["output"]]
     start = time.perf_counter()
     finished = subprocess.run(
-        [sys.executable, "-c", code, *map(str, command), "--output", folder / "built"],
+        [sys.executable, "-c", code, *command, "--output", output],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
+        cwd=output.parent,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
     )
-    built = sum(file.stat().st_size for file in (folder / "built").iterdir())
     yield {
+        "command": " ".join(command),
         "peak_bytes": int(finished.stdout.split()[-1]),
-        "built_bytes": built,
+        "written_bytes": sum(file.stat().st_size for file in output.iterdir()),
         "seconds": round(time.perf_counter() - start, 1),
     }
 
 
 def measure(arguments) -> dict:
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
-        needed = 10 * 2**30 if arguments.dtype == "bfloat16" else 20 * 2**30
+        needed = 30 * 2**30 if arguments.dtype == "bfloat16" else 60 * 2**30
         if shutil.disk_usage(folder).free < needed:
             sys.exit(f"{folder} has less than {needed / 2**30:.0f} GiB free.")
         written = write_sources(Path(folder), arguments.size, getattr(torch, arguments.dtype))
-        row = require_row(__file__, {"folder": folder, "threads": 1})
+        rows = []
+        for output in COMMANDS:
+            rows.append(require_row(__file__, {"folder": folder, "output": output, "threads": 1}))
+            if output in ("transformers", "original"):  # which no later command reads
+                shutil.rmtree(Path(folder, output))
     head = describe_run(__file__)
-    return {**head, "size": arguments.size, "dtype": arguments.dtype, "source_bytes": written, "rows": [row]}
+    return {**head, "size": arguments.size, "dtype": arguments.dtype, "source_bytes": written, "rows": rows}
 
 
 def report(results: dict) -> str:
-    header = ["Mamba-2", "dtype", "files read, GB", "files written, GB", "peak memory, GB", "seconds"]
+    header = ["command", "files written, GB", "peak memory, GB", "seconds"]
     rows = [
-        [results["size"], results["dtype"], f"{results['source_bytes'] / 1e9:.2f}"]
-        + [f"{row[key] / 1e9:.2f}" for key in ("built_bytes", "peak_bytes")]
-        + [f"{row['seconds']:g}"]
+        [row["command"], *(f"{row[key] / 1e9:.2f}" for key in ("written_bytes", "peak_bytes")), f"{row['seconds']:g}"]
         for row in results["rows"]
     ]
     return page(
-        table(header, rows, left=2),
+        f"Mamba-2 {results['size']} and CLIP ViT-L/14-336 in {results['dtype']}, "
+        f"{results['source_bytes'] / 1e9:.2f} GB of files.",
+        table(header, rows),
         "Peak memory is the resident size of the whole process, with Python and PyTorch themselves and mapped files.",
         describe_environment(results),
     )
