@@ -5,16 +5,18 @@ import json
 import original_mamba2 as original
 import pytest
 import torch
+from comparison import LargestTensor
 from peft import LoraConfig, get_peft_model
 from references import authors_config, authors_weights, random_weights, vision_shapes, write_checkpoint, write_encoder
 from safetensors.torch import load_file, save_file
 from tiny import random_pixels, tiny_config, tiny_model, tiny_processor
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModel, AutoTokenizer, Mamba2ForCausalLM
 
 from transformers_ma2mba import Ma2mbaForVideoQA
 from transformers_ma2mba.checkpoints.building import build_model
 from transformers_ma2mba.checkpoints.converting import convert_published
-from transformers_ma2mba.checkpoints.exporting import export_model
+from transformers_ma2mba.checkpoints.exporting import LAYOUTS, export_model
 from transformers_ma2mba.checkpoints.tensor_files import TensorFolder
 
 IDS = [5, 9, 300, 17, 2, 41, 8]
@@ -251,6 +253,32 @@ def test_a_model_after_training(tmp_path):
         expected, found = (either(torch.tensor([ids])).logits[0] for either in (merged, stock))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(original.logits(settings, state, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_one_tensor_is_in_memory_at_a_time(tmp_path, published, monkeypatch, kind):
+    """In all commands, each tensor is released before the next is read, and none larger than the largest is made."""
+    files = {"files": 3, "suffix": kind}
+    theirs, _ = published("clip", changes={"tie_embeddings": False}, **files)
+    config = original.settings(tie_embeddings=True)
+    state = original.weights(config)
+    original.write_original(tmp_path / "mamba2", config, state, number=3)
+    held, read = [], TensorFolder.__getitem__
+
+    def checked(tensors, name):
+        assert all(storage.expired() for storage in held), name
+        tensor = read(tensors, name)
+        held.append(StorageWeakRef(tensor.untyped_storage()))
+        return tensor
+
+    monkeypatch.setattr(TensorFolder, "__getitem__", checked)
+    with LargestTensor() as largest:
+        build_model(tmp_path / "mamba2", tmp_path / "clip", tmp_path / "built", tokenizer=tmp_path / "other")
+        convert_published(theirs, tmp_path / "ours", tokenizer=tmp_path / "other", dtype=torch.bfloat16)
+        for layout in LAYOUTS:
+            export_model(tmp_path / "ours", tmp_path / f"to-{layout}", layout, vision_tower=str(tmp_path / "clip"))
+    assert len(held) > 200
+    assert largest.numel <= state["backbone.embedding.weight"].nbytes
 
 
 # Errors
