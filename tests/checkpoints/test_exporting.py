@@ -293,6 +293,19 @@ def test_a_configuration_that_cannot_be_used(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("d_model", "32"), ("ssm_cfg", "Mamba2"), ("vocab_size", None), ("vision_encode_chunk_size", -1)],
+)
+def test_a_published_configuration_that_cannot_be_used(tmp_path, published, key, value):
+    folder, _ = published()
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, key: value}))
+    with pytest.raises(ValueError, match="configuration in .*published' cannot be used: ") as caught:
+        convert_published(folder, tmp_path / "ours", tokenizer=tmp_path / "other")
+    assert "\n" not in str(caught.value)
+
+
 def test_quantized_weights_are_refused(tmp_path, published):
     folder, weights = published()
     name = "backbone.layers.0.mixer.in_proj.weight"

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 
 import pytest
 import torch
@@ -298,6 +299,19 @@ def test_nothing_is_left_after_an_error(tmp_path):
     with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "model") as folder:
         (folder / "file").write_text("content")
         raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("write", [write_safetensors, lambda folder, t: write_pickle(folder / "model.bin", t)])
+def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, write):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(repr(str(tmp_path)))), new_folder(tmp_path / "model") as folder:
+            write(folder, planned({"weight": torch.ones(10_000)}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
 
 

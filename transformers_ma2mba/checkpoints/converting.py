@@ -15,7 +15,7 @@ from ..configuration_ma2mba import Ma2mbaConfig
 from ..modeling_ma2mba import Ma2mbaForVideoQA
 from ..processing_ma2mba import Ma2mbaProcessor
 from .building import empty_model, has_tokenizer, initialised, load_tokenizer, save_around_weights, stored_shapes
-from .mamba2_layouts import drop_tied_head, matrix_dtype, read_json
+from .mamba2_layouts import drop_tied_head, matrix_dtype, naming_configuration, read_json
 from .published import (
     VISION_PREFIX,
     is_frame_selector_head,
@@ -62,7 +62,8 @@ def convert_published(
         raise ValueError(f"{str(source)!r} holds no Video-Ma²mba in its authors' layout, which has mm_* keys.")
     if vision_model is not None:
         settings["mm_vision_tower"] = str(vision_model)
-    config = published_config(settings)
+    with naming_configuration(folder):
+        config = published_config(settings)
     text_tokenizer = load_tokenizer(
         tokenizer or (folder if has_tokenizer(folder) else published_tokenizer(settings)),
         "The authors use that of EleutherAI/gpt-neox-20b",

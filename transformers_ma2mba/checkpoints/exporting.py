@@ -15,7 +15,7 @@ from transformers import Mamba2ForCausalLM, PreTrainedConfig
 
 from ..configuration_ma2mba import Ma2mbaConfig
 from .building import empty_model, stored_shapes
-from .mamba2_layouts import original_config, original_name, read_json
+from .mamba2_layouts import naming_configuration, original_config, original_name, read_json
 from .published import (
     KNOWN_VISION_ENCODERS,
     MODEL_TYPE,
@@ -70,7 +70,10 @@ def export_model(
     kind = read_json(source / "config.json").get("model_type")
     if kind != "ma2mba":
         raise ValueError(f"{str(source)!r} holds a {kind!r} model; export takes a saved Ma2mbaForVideoQA.")
-    config = _read_config(source)
+    with naming_configuration(source):
+        config = Ma2mbaConfig.from_pretrained(source)
+    # The model goes by its own setting, and a language model alone by that of its part.
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings
     tensors = TensorFolder(source)
     expected = stored_shapes(empty_model(config, config.dtype or torch.float32))
     found = {name: tensors.info(name).shape for name in tensors}
@@ -88,18 +91,6 @@ def export_model(
         for name in _TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-
-
-def _read_config(source: Path) -> Ma2mbaConfig:
-    try:
-        config = Ma2mbaConfig.from_pretrained(source)
-    except Exception as error:  # its class depends on Transformers and on the wrong field
-        raise ValueError(
-            f"The configuration in {str(source)!r} cannot be used: {' '.join(str(error).split())}"
-        ) from error
-    # The model goes by its own setting, and a language model alone by that of its part.
-    config.text_config.tie_word_embeddings = config.tie_word_embeddings
-    return config
 
 
 def _stock_name(name: str) -> str | None:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,16 @@ def read_json(path: Path) -> dict:
     return content
 
 
+@contextmanager
+def naming_configuration(folder: Path):
+    """Turn any error about a configuration into a ValueError of one sentence that names its folder."""
+    try:
+        yield
+    except Exception as error:  # its class depends on Transformers and on the wrong field
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The configuration in {str(folder)!r} cannot be used: {reason}") from error
+
+
 def stock_name(stored: str) -> str:
     """Return the name in `Mamba2ForCausalLM` of a tensor in any of the layouts."""
     name = stored.removeprefix("model.")
@@ -112,11 +123,8 @@ def open_language_model(folder: str | os.PathLike) -> LanguageModel:
         tensors = TensorFolder(folder)
     names = _stored_names(folder, tensors)
     shapes = {name: tensors.info(stored).shape for name, stored in names.items()}
-    try:
+    with naming_configuration(folder):
         config = _READERS[layout](settings, shapes, folder)
-    except Exception as error:  # its class depends on Transformers and on the wrong field
-        reason = " ".join(str(error).split())
-        raise ValueError(f"The configuration in {str(folder)!r} cannot be used: {reason}") from error
     with torch.device("meta"):
         expected = {name: tuple(value.shape) for name, value in Mamba2ForCausalLM(config).state_dict().items()}
     if config.tie_word_embeddings:

@@ -4,6 +4,7 @@ A model of any size passes through the memory of its largest tensor, because nam
 any data, and a shard is written as its tensors arrive.
 """
 
+import errno
 import json
 import math
 import mmap
@@ -35,6 +36,7 @@ _CODES = {
 }
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _LONGEST_HEADER = 100 * 2**20  # of safetensors, too
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # reasons for a write to fail
 _MAPPED_BYTES = 2**25  # of a mapped file, before its pages are given back
 
 # In the order of Transformers: a model that is saved over shards may leave their index behind.
@@ -402,6 +404,10 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         if target.exists():
             target.rmdir()
         folder.rename(target)
+    except OSError as error:
+        if error.errno in _FULL and error.filename is None:
+            error.filename = str(target.parent)  # a write names no file
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
