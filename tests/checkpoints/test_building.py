@@ -223,6 +223,22 @@ def test_pixels_are_normalised_as_the_encoder_was_trained(tmp_path, parts):
     assert list(AutoProcessor.from_pretrained(tmp_path / "other").video_processor.image_mean) == [0.5, 0.5, 0.5]
 
 
+@pytest.mark.parametrize(
+    ("mean", "expected"), [(0.5, [0.5] * 3), (None, [0.48145466, 0.4578275, 0.40821073])], ids=["number", "null"]
+)
+def test_a_mean_that_is_no_list(tmp_path, parts, mean, expected):
+    (parts[1] / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean}))
+    assert build_model(*parts, tmp_path / "new").image_mean == expected
+
+
+@pytest.mark.parametrize("mean", [[0.5], "half", [0.5, "x", 0.5]], ids=str)
+def test_a_mean_that_cannot_be_used(tmp_path, parts, mean):
+    (parts[1] / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean}))
+    with pytest.raises(ValueError, match="configuration in .*clip' cannot be used: .*image_mean") as caught:
+        build_model(*parts, tmp_path / "new")
+    assert "\n" not in str(caught.value)
+
+
 MEASURED = """
 import sys
 from pathlib import Path

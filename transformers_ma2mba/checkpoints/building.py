@@ -11,7 +11,7 @@ from ..configuration_ma2mba import Ma2mbaConfig
 from ..modeling_ma2mba import Ma2mbaForVideoQA
 from ..processing_ma2mba import Ma2mbaProcessor
 from .loading import with_special_tokens
-from .mamba2_layouts import TOKENIZERS, LanguageModel, open_language_model
+from .mamba2_layouts import TOKENIZERS, LanguageModel, naming_configuration, open_language_model
 from .tensor_files import PlannedTensor, TensorInfo, check_tensors, new_folder, write_safetensors
 from .vision_encoders import VisionEncoder, open_vision_encoder
 
@@ -99,15 +99,16 @@ def _joint_config(language: LanguageModel, vision: VisionEncoder, tokenizer: Pre
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(tokenizer, name) is not None:
             setattr(text_config, name, getattr(tokenizer, name))
-    return Ma2mbaConfig(
-        vision_config=vision.config,
-        text_config=text_config,
-        image_mean=vision.image_mean,
-        image_std=vision.image_std,
-        image_token_id=image_token_id,
-        video_token_id=video_token_id,
-        tie_word_embeddings=text_config.tie_word_embeddings,
-    )
+    with naming_configuration(vision.tensors.folder):  # that of the language model has been checked
+        return Ma2mbaConfig(
+            vision_config=vision.config,
+            text_config=text_config,
+            image_mean=vision.image_mean,
+            image_std=vision.image_std,
+            image_token_id=image_token_id,
+            video_token_id=video_token_id,
+            tie_word_embeddings=text_config.tie_word_embeddings,
+        )
 
 
 def empty_model(config: Ma2mbaConfig, dtype: torch.dtype) -> Ma2mbaForVideoQA:

@@ -36,7 +36,6 @@ _CODES = {
 }
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _LONGEST_HEADER = 100 * 2**20  # of safetensors, too
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # reasons for a write to fail
 _MAPPED_BYTES = 2**25  # of a mapped file, before its pages are given back
 
 # In the order of Transformers: a model that is saved over shards may leave their index behind.
@@ -405,7 +404,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
             target.rmdir()
         folder.rename(target)
     except OSError as error:
-        if error.errno in _FULL and error.filename is None:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
             error.filename = str(target.parent)  # a write names no file
         raise
     finally:

@@ -1,6 +1,7 @@
 """CLIP and SigLIP vision encoders in Transformers' layout, alone or in a repository with their text tower."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +37,8 @@ class VisionEncoder(StoredWeights):
     """
 
     config: PreTrainedConfig
-    image_mean: list[float]
-    image_std: list[float]
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
 
 
 def open_vision_encoder(folder: str | os.PathLike) -> VisionEncoder:
@@ -60,8 +61,11 @@ def open_vision_encoder(folder: str | os.PathLike) -> VisionEncoder:
     mean, std = _NORMALISATION[config.model_type]
     if (folder / "preprocessor_config.json").is_file():
         preprocessing = read_json(folder / "preprocessor_config.json")
-        mean, std = preprocessing.get("image_mean", mean), preprocessing.get("image_std", std)
-    return VisionEncoder(tensors, names, config, list(mean), list(std))
+        mean, std = (
+            [value] * 3 if isinstance(value, int | float) else value or usual
+            for value, usual in ((preprocessing.get("image_mean"), mean), (preprocessing.get("image_std"), std))
+        )
+    return VisionEncoder(tensors, names, config, mean, std)
 
 
 def _tower_name(stored: str) -> str:
