@@ -153,7 +153,7 @@ class _PickleFile(_WeightFile):
         if not isinstance(loaded, Mapping) or not all(
             isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
         ):
-            raise ValueError(f"{self.path} is no dictionary of named tensors, as a model's weights are.")
+            raise ValueError(f"{self.path} is no dictionary of tensors, as a model's weights are.")
         return dict(loaded)
 
     def read(self, name: str) -> torch.Tensor:
