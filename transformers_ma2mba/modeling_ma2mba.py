@@ -39,6 +39,7 @@ from .mamba2 import cache_layers_of, hold, indexable_tokens, segment_bounds
 
 # Transformers installs these hooks in the first call that returns hidden states. torch.compile cannot trace that call.
 _install_capturing_hooks = torch.compiler.disable(maybe_install_capturing_hooks)
+_TWO_INPUTS = "Give either pixel_values_videos or vision_features_videos, and not both."
 
 
 @dataclass
@@ -296,9 +297,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         """Project each picture once, and repeat it for all frames that show it."""
         self._check_features(features_PNC, picture_indices_F)
         device = self.multi_modal_projector.linear_1.weight.device
-        if (
-            device.type != "meta"
-        ):  # otherwise the weights are offloaded, and the hook that fetches them moves the inputs
+        if device.type != "meta":  # else the weights are offloaded, and the hook that fetches them moves the inputs
             features_PNC = features_PNC.to(device)
         features_PND = self._in_pieces(self._project, features_PNC).pooler_output
         return BaseModelOutputWithPooling(pooler_output=features_PND[picture_indices_F.to(features_PND.device)])
@@ -318,9 +317,18 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
                 f"vision_features_videos must be floats of shape (pictures, {shape[0]}, {shape[1]}), as from "
                 f"`get_vision_features`; got {features.dtype} of shape {tuple(features.shape)}."
             )
-        if picture_indices is None or picture_indices.ndim != 1 or picture_indices.is_floating_point():
+        if (
+            picture_indices is None
+            or picture_indices.ndim != 1
+            or picture_indices.dtype not in (torch.int32, torch.int64)
+        ):
             got = "none" if picture_indices is None else f"{picture_indices.dtype} of {tuple(picture_indices.shape)}"
-            raise ValueError(f"picture_indices_videos must be integers of shape (frames,); got {got}.")
+            raise ValueError(f"picture_indices_videos must be integers (int64) of shape (frames,); got {got}.")
+        if len(picture_indices) and not 0 <= picture_indices.min() <= picture_indices.max() < len(features):
+            raise ValueError(
+                f"picture_indices_videos must lie between 0 and {len(features) - 1}, as there are {len(features)} "
+                f"pictures; got {int(picture_indices.min())} to {int(picture_indices.max())}."
+            )
 
     def _place_features(self, inputs_embeds_BTD, input_ids_BT, features_FND, token_id, name):
         """Replace the embeddings of the placeholders by vision tokens, in order."""
@@ -380,7 +388,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
             Outputs under `"image"` and `"video"`, and zeros with the gradients that this process owes to the others.
         """
         if pixel_values_videos is not None and features is not None:
-            raise ValueError("Give either pixel_values_videos or vision_features_videos, and not both.")
+            raise ValueError(_TWO_INPUTS)
         encoded, zeros = {}, []
         pixels = [frames for frames in (pixel_values, pixel_values_videos) if frames is not None]
         kept = [] if features is None else [features]
@@ -631,12 +639,20 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
     @wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())  # `generate` reads its signature
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
         """Prepare a step of `generate`, which may choose text only: see `text_tokens_only` of [`forward`]."""
-        inputs = {"text_tokens_only": True, **super().prepare_inputs_for_generation(*args, **kwargs)}
-        if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
-            # As Transformers does with pixels: the state has seen them.
-            for name in ("vision_features_videos", "picture_indices_videos"):
-                inputs.pop(name, None)
-        return inputs
+        return {"text_tokens_only": True, **super().prepare_inputs_for_generation(*args, **kwargs)}
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict) -> dict:
+        # `generate` encodes pixels before it expands the batch for beams and samples. Kept features are projected here
+        # for the same reason: the expansion of other inputs would repeat each picture, and not each film.
+        features, indices = (
+            model_kwargs.pop(name, None) for name in ("vision_features_videos", "picture_indices_videos")
+        )
+        model_kwargs = super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+        if features is not None:
+            if "video" in model_kwargs["mm_encoder_outputs"]:
+                raise ValueError(_TWO_INPUTS)
+            model_kwargs["mm_encoder_outputs"]["video"] = self.model._project_kept_features(features, indices)
+        return model_kwargs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # `generate` expands tensors for beams and for several samples, but not a state to continue from.

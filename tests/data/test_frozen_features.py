@@ -266,12 +266,37 @@ def test_generate_answers_from_kept_features(model, processor, film):
     assert torch.allclose(torch.stack(given.logits)[..., :-2], torch.stack(expected.logits)[..., :-2], atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [dict(num_beams=3, num_return_sequences=2), dict(do_sample=True, num_return_sequences=3), dict(use_cache=False)],
+    ids=["beams", "samples", "no-cache"],
+)
+def test_generate_expands_kept_features_as_it_does_frames(options, model, processor, film, tmp_path):
+    other = write_film(tmp_path / "other.mp4", "EEF", seed=1)
+    features, answers = FrozenVisionFeatures(model, processor), []
+    for videos in ([[str(film)], [str(other)]], [[features(film)], [features(other)]]):
+        text = ["<|user|><video>Who opens the door?<|assistant|>"] * 2
+        inputs = processor(text=text, videos=videos, padding=True, return_tensors="pt")
+        torch.manual_seed(0)
+        answers.append(model.generate(**inputs, max_new_tokens=6, **{"do_sample": False, **options}))
+    assert torch.equal(answers[1], answers[0])
+    with pytest.raises(ValueError, match="either pixel_values_videos or vision_features_videos"):
+        model.generate(**inputs, pixel_values_videos=torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
 def test_bad_features_are_named(model, processor, film):
     batch = DataCollatorForVideoQA(processor, vision_features=FrozenVisionFeatures(model, processor))(rows_of(film))
     with pytest.raises(ValueError, match=r"vision_features_videos must be floats of shape \(pictures, 4, 24\)"):
         model(**{**batch, "vision_features_videos": batch["vision_features_videos"][:, :1]})
     with pytest.raises(ValueError, match="picture_indices_videos must be integers.*got none"):
         model(**{**batch, "picture_indices_videos": None})
+    indices = batch["picture_indices_videos"]
+    for bad, message in ((indices - 4, "between 0 and 3.*got -4 to -1"), (indices + 1, "between 0 and 3.*got 1 to 4")):
+        with pytest.raises(ValueError, match=f"picture_indices_videos must lie {message}"):
+            model(**{**batch, "picture_indices_videos": bad})
+    for dtype in (torch.bool, torch.uint8):  # these would be masks
+        with pytest.raises(ValueError, match="picture_indices_videos must be integers"):
+            model(**{**batch, "picture_indices_videos": indices.to(dtype)})
     with pytest.raises(ValueError, match="either pixel_values_videos or vision_features_videos"):
         model(**batch, pixel_values_videos=torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match="placeholders"):
