@@ -165,8 +165,15 @@ def test_several_files_and_a_system_turn(tmp_path):
             {"id": 7, "video": "a.mp4", "conversations": turns("a", "b")[1:]},
             "Row 7 has a video or an image, but no turn",
         ),
+        ({"id": 7, "conversations": ["Who?"]}, "Row 7 has the turn 'Who.'"),
+        ({"id": 7, "video": [None], "conversations": turns("a", "b")}, r"Row 7 has the video \[None\]: give a path"),
+        ({"id": 7, "image": {"path": "a"}, "conversations": turns("a", "b")}, "Row 7 has the image {.*: give a path"),
+        ([{"id": 7}], r"A row must be a dictionary with `conversations`, got \[{'id': 7}\]"),
     ],
-    ids=["no-turns", "empty", "unknown-speaker", "no-speaker", "no-text", "no-question"],
+    ids=[
+        *("no-turns", "empty", "unknown-speaker", "no-speaker", "no-text", "no-question"),
+        *("text-turn", "no-path", "image-dict", "list-row"),
+    ],
 )
 def test_bad_rows(row, message):
     with pytest.raises(ValueError, match=message):

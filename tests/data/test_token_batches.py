@@ -7,6 +7,8 @@ from tiny import tiny_config, tiny_processor
 from video_files import write_index_video
 
 from transformers_ma2mba import DataCollatorForVideoQA, batches_by_tokens
+from transformers_ma2mba.data import token_batches
+from transformers_ma2mba.video import probe
 
 PROCESSOR = tiny_processor(tiny_config())
 
@@ -59,3 +61,22 @@ def test_bad_values_are_named():
         batches_by_tokens([], PROCESSOR, 0)
     with pytest.raises(FileNotFoundError, match="none.mp4"):
         batches_by_tokens([{**row_of(0), "duration": None}], PROCESSOR, 10)
+    for seconds in (-5, float("nan"), float("inf"), "12"):
+        with pytest.raises(ValueError, match=f"Row 3 has the duration {seconds!r}: it must be a number of seconds"):
+            batches_by_tokens([row_of(seconds, 3)], PROCESSOR, 10)
+    with pytest.raises(ValueError, match="A row must be a dictionary with `conversations`, got 'film.mp4'"):
+        batches_by_tokens(["film.mp4"], PROCESSOR, 10)
+
+
+def test_rows_may_come_from_a_generator():
+    rows = [row_of(seconds) for seconds in (3, 40, 4)]
+    assert batches_by_tokens(iter(rows), PROCESSOR, 100) == batches_by_tokens(rows, PROCESSOR, 100)
+
+
+def test_a_file_of_many_rows_is_opened_once(tmp_path, monkeypatch):
+    write_index_video(tmp_path / "film.mp4", 4, fps=4, preset="ultrafast")
+    opened = []
+    monkeypatch.setattr(token_batches, "probe", lambda path: (opened.append(path), probe(path))[1])
+    row = {"video": "film.mp4", "conversations": row_of(0)["conversations"]}
+    batches_by_tokens([row] * 5, PROCESSOR, 100, folder=tmp_path)
+    assert len(opened) == 1

@@ -1,6 +1,7 @@
 """Rows of LLaVA-Video style lists as chat messages."""
 
 import os
+from collections.abc import Mapping
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -18,21 +19,27 @@ def conversation_to_messages(row: dict, folder: str | os.PathLike = "") -> list[
         Table 5), with or without `<image>` or `<video>` in the first turn.
 
     Raises:
-        ValueError: if the row has no turns, a turn has an unknown speaker or no text, or a row with a video or an
-            image has no turn of a human.
+        ValueError: if the row is not a mapping or has no turns, a turn has an unknown speaker or no text, a video or
+            an image is not a path, or a row with one of them has no turn of a human.
     """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"A row must be a dictionary with `conversations`, got {row!r}.")
     turns = row.get("conversations")
     if not turns:
         raise ValueError(f"Row {row.get('id', row)!r} has no `conversations`.")
     blocks = []
     for kind in ("video", "image"):
         paths = row.get(kind) or []
-        for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
-            path = os.fspath(path)
+        paths = paths if isinstance(paths, (list, tuple)) else [paths]
+        if not all(isinstance(path, (str, os.PathLike)) for path in paths):
+            raise ValueError(
+                f"Row {row.get('id', row)!r} has the {kind} {row[kind]!r}: give a path or a list of paths."
+            )
+        for path in map(os.fspath, paths):
             blocks.append({"type": kind, "path": path if "://" in path else os.path.join(folder, path)})
     messages = []
     for turn in turns:
-        if turn.get("from") not in ROLES or not isinstance(turn.get("value"), str):
+        if not isinstance(turn, Mapping) or turn.get("from") not in ROLES or not isinstance(turn.get("value"), str):
             raise ValueError(
                 f"Row {row.get('id', row)!r} has the turn {turn!r}: `from` must be human or gpt, and `value` a text."
             )
