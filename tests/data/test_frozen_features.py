@@ -1,14 +1,20 @@
 """Features of a frozen vision tower: equal to those of the frames, kept once, never stale, in little memory."""
 
+import multiprocessing
 import os
+import pickle
+import time
 import tracemalloc
 import warnings
+from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from comparison import assert_same
-from tiny import random_frames, tiny_config, tiny_model, tiny_processor
+from tiny import lora, random_frames, tiny_config, tiny_model, tiny_processor
+from transformers import AutoModel, AutoProcessor
 from video_files import write_video
 
 from transformers_ma2mba import DataCollatorForVideoQA, FrozenVisionFeatures, conversation_to_messages
@@ -116,6 +122,11 @@ def change_weights(model, processor, film):
         model.model.vision_tower.embeddings.patch_embedding.weight.mul_(1.5)
 
 
+def change_weights_unseen(model, processor, film):
+    for parameter in model.model.vision_tower.parameters():
+        parameter.data.mul_(1.5)  # which PyTorch does not count as a change
+
+
 def change_layer(model, processor, film):
     model.config.vision_feature_layer = -1
 
@@ -130,6 +141,7 @@ CHANGES = [
     change_rate,
     change_preparation,
     change_weights,
+    change_weights_unseen,
     change_layer,
     change_dtype,
 ]
@@ -199,6 +211,87 @@ def test_a_url_is_encoded_each_time(model, processor, film, monkeypatch):
     assert sum(calls) == 8
 
 
+def test_a_saved_checkpoint_has_the_same_features(model, processor, film, tmp_path, monkeypatch):
+    FrozenVisionFeatures(model, processor, tmp_path / "kept")(film)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "saved")
+    loaded = AutoModel.from_pretrained(tmp_path / "saved")
+    loaded.model.vision_tower.requires_grad_(False)
+    features = FrozenVisionFeatures(loaded, AutoProcessor.from_pretrained(tmp_path / "saved"), tmp_path / "kept")
+    calls = count_encoded(features, monkeypatch)
+    features(film)
+    assert calls == []
+
+
+def test_a_model_made_in_inference_mode(config, processor, film):
+    with torch.inference_mode():
+        model = tiny_model(config)
+        model.model.vision_tower.requires_grad_(False)
+        assert len(FrozenVisionFeatures(model, processor)(film).features) == 4
+
+
+def test_adapters_of_the_vision_tower_are_refused(config, processor, film):
+    """Adapters may be switched on and off without a change of any weight."""
+    model = lora(tiny_model(config), target_modules=["q_proj"]).requires_grad_(False)
+    with pytest.raises(ValueError, match="adapters cannot be kept.*merge_and_unload"):
+        FrozenVisionFeatures(model, processor)(film)
+
+
+def test_adapters_of_the_language_model(config, processor, film):
+    adapted = lora(tiny_model(config), modules_to_save=["multi_modal_projector"])
+    features = FrozenVisionFeatures(adapted, processor)
+    losses = []
+    for vision_features in (None, features):
+        losses.append(
+            adapted(**DataCollatorForVideoQA(processor, vision_features=vision_features)(rows_of(film))).loss
+        )
+    losses[1].backward()
+    assert torch.allclose(losses[0], losses[1])
+    trained = {name for name, p in adapted.named_parameters() if p.grad is not None}
+    assert any("multi_modal_projector" in name for name in trained) and any("lora" in name for name in trained)
+
+
+def test_a_model_of_another_kind_is_refused(processor):
+    with pytest.raises(ValueError, match="must be a Ma2mbaForVideoQA.*got Linear"):
+        FrozenVisionFeatures(torch.nn.Linear(1, 1), processor)
+
+
+# Folders
+
+
+def test_other_users_may_read_the_folder(model, processor, film, tmp_path):
+    usual = tmp_path / "usual"
+    usual.touch()
+    FrozenVisionFeatures(model, processor, tmp_path / "kept")(film)
+    (file,) = (tmp_path / "kept").iterdir()
+    assert file.stat().st_mode == usual.stat().st_mode
+
+
+def test_the_folder_may_be_deleted_at_any_time(model, processor, film, tmp_path):
+    features = FrozenVisionFeatures(model, processor, tmp_path / "kept")
+    for _ in range(2):
+        features(film)
+        (file,) = (tmp_path / "kept").iterdir()
+        file.unlink()
+        file.parent.rmdir()
+
+
+def test_a_file_in_place_of_the_folder_is_named(model, processor, film):
+    with pytest.raises(NotADirectoryError, match="film.mp4 is a file: give a folder"):
+        FrozenVisionFeatures(model, processor, film)
+
+
+def test_a_failed_write_is_named_and_leaves_nothing(model, processor, film, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    features = FrozenVisionFeatures(model, processor, tmp_path / "kept")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match=r"features of .*film.mp4 could not be written to .*kept \(.*No space left"):
+        features(film)
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
 def test_an_interrupted_write_leaves_nothing(model, processor, film, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -251,6 +344,90 @@ def test_prepare_encodes_what_is_missing(model, processor, film, tmp_path, monke
     calls = count_encoded(features, monkeypatch)
     features.prepare([film, str(film), other])
     assert sum(calls) == 2
+
+
+def test_prepare_leaves_out_urls(model, processor, film, tmp_path, monkeypatch):
+    features = FrozenVisionFeatures(model, processor, tmp_path / "kept")
+    calls = count_encoded(features, monkeypatch)
+    features.prepare([f"file://{film}"])
+    assert calls == []
+
+
+# Several processes
+
+
+@pytest.mark.parametrize("in_folder", [False, True], ids=["memory", "folder"])
+def test_a_pickled_copy_knows_the_kept_features_only(in_folder, model, processor, film, tmp_path):
+    features = FrozenVisionFeatures(model, processor, tmp_path / "kept" if in_folder else None)
+    collator = DataCollatorForVideoQA(processor, vision_features=features)
+    with pytest.raises(RuntimeError, match="call `prepare`"):
+        pickle.loads(pickle.dumps(collator))(rows_of(film))
+    features.prepare([film])
+    pickled = pickle.dumps(collator)
+    assert len(pickled) < 1e5  # no weights
+    batch = pickle.loads(pickled)(rows_of(film))
+    assert torch.equal(batch["vision_features_videos"], features(film).features)
+    with pytest.raises(RuntimeError, match="other.mp4 are not kept.*call `prepare`"):
+        pickle.loads(pickled)(rows_of(write_film(tmp_path / "other.mp4", "AB")))
+
+
+def test_a_worker_process_does_not_use_a_vision_tower_elsewhere(model, processor, film, tmp_path, monkeypatch):
+    """A meta tower stands for one on a GPU, which a forked process must not touch."""
+    kept, features = (FrozenVisionFeatures(model, processor, tmp_path / "kept") for _ in range(2))
+    kept.prepare([film])
+    features.prepare([])  # as in a process that has no film to encode
+    model.to("meta")
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: "a worker")
+    assert len(features(film).features) == 4
+    with pytest.raises(RuntimeError, match="on a GPU.*call `prepare`"):
+        features(write_film(tmp_path / "other.mp4", "AB"))
+    with pytest.raises(RuntimeError, match="on a GPU.*call `prepare`"):
+        FrozenVisionFeatures(model, processor, tmp_path / "kept")(film)
+
+
+def prepare_in_process(rank, folder, paths, seconds, results):
+    """Prepare films in one of two processes, the second of which takes some time."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=1)
+    )
+    model = tiny_model(tiny_config())
+    model.model.vision_tower.requires_grad_(False)
+    features = FrozenVisionFeatures(model, tiny_processor(model.config), Path(folder) / "kept")
+    encode = features._encode
+    features._encode = lambda path: (time.sleep(seconds * rank), encode(path))[1]
+    try:
+        features.prepare(paths)
+        results.put((rank, None))
+    except Exception as error:
+        results.put((rank, f"{type(error).__name__}: {error}"))
+
+
+def prepare_in_two_processes(folder, paths, seconds=0) -> dict:
+    """The error of each process, or None."""
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    processes = [
+        context.Process(target=prepare_in_process, args=(rank, folder, paths, seconds, results)) for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    return dict(results.get() for _ in processes)
+
+
+def test_two_processes_share_the_films_and_wait_for_each_other(film, tmp_path):
+    """Longer than their process group waits."""
+    other = write_film(tmp_path / "other.mp4", "XY", seed=3)
+    assert prepare_in_two_processes(tmp_path, [film, other], seconds=2) == {0: None, 1: None}
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_a_failure_reaches_the_process_that_waits(film, tmp_path):
+    errors = prepare_in_two_processes(tmp_path, [film, tmp_path / "nowhere.mp4"])
+    assert errors[1].startswith("FileNotFoundError") and "nowhere.mp4" in errors[1]
+    assert errors[0].startswith("RuntimeError: Process 1 could not encode its films") and "nowhere.mp4" in errors[0]
 
 
 def test_generate_answers_from_kept_features(model, processor, film):

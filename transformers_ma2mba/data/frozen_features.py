@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 import warnings
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,6 +19,13 @@ from ..modeling_ma2mba import Ma2mbaModel
 from ..processing_ma2mba import Ma2mbaProcessor
 from ..video import EncodedFrames, iter_frames
 
+# A part of each film's key. A change of the features, or of their files, must change it.
+_FORMAT = 1
+_NOT_PREPARED = (
+    "A worker process of a DataLoader cannot encode films on a GPU, and a copy of FrozenVisionFeatures cannot encode "
+    "them at all: call `prepare` for all films before training, or set dataloader_num_workers=0."
+)
+
 
 class FrozenVisionFeatures:
     """Encodes each film with the frozen vision tower once, and keeps the features for later epochs and runs.
@@ -24,7 +33,8 @@ class FrozenVisionFeatures:
     A film is read a few frames at a time and each different picture is encoded once, so that neither memory nor time
     depends on how long a picture stays on screen. Features belong to a file's path, size and time of modification, the
     frame rate, the vision tower's weights and the way frames are prepared; if any of these changes, they are not used.
-    The vision tower runs in evaluation mode and in its own data type, without autocast.
+    The vision tower runs in evaluation mode and in its own data type, without autocast. Copies by pickle or deepcopy,
+    as in worker processes that are not forked, know the kept features only.
 
     Give it to [`DataCollatorForVideoQA`] as `vision_features`. Calling it with a path returns [`EncodedFrames`].
 
@@ -33,37 +43,65 @@ class FrozenVisionFeatures:
         processor ([`Ma2mbaProcessor`]): prepares the frames.
         folder (`str`, *optional*): keeps features there as safetensors, for all processes and later runs; it may be
             deleted at any time. Without it they stay in this process's memory.
+
+    Raises:
+        ValueError: if `model` is not a Video-Ma²mba.
+        NotADirectoryError: if `folder` is a file.
     """
 
     def __init__(self, model, processor: Ma2mbaProcessor, folder: str | os.PathLike | None = None):
-        self.model = next(module for module in model.modules() if isinstance(module, Ma2mbaModel))
+        self.model = next((module for module in model.modules() if isinstance(module, Ma2mbaModel)), None)
+        if self.model is None:
+            raise ValueError(f"model must be a Ma2mbaForVideoQA, or a wrapper of one; got {type(model).__name__}.")
         self.processor, self.folder = processor, None if folder is None else Path(folder)
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"{self.folder} is a file: give a folder that keeps the features.")
         self._kept: dict[str, tuple[str, EncodedFrames]] = {}
         self._versions, self._fingerprint = None, ""
 
+    def __getstate__(self) -> dict:
+        return {**vars(self), "model": None}
+
     def prepare(self, paths: list[str | os.PathLike]):
-        """Encode the films that are not kept yet.
+        """Encode the films that are not kept yet; leave out URLs.
 
         With a folder, each of several processes encodes a part of the films, and they wait for each other. Call this
-        before a DataLoader starts worker processes, which cannot use a vision tower on a GPU.
+        before a DataLoader starts worker processes: they cannot use a vision tower on a GPU, and would each keep
+        features in a memory of their own.
+
+        Raises:
+            RuntimeError: if another process fails; for a failure of this process see `__call__`.
         """
-        rank, world_size = 0, 1
+        rank, world_size, group = 0, 1, None
         if self.folder is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
             rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        paths = sorted({os.fspath(path) for path in paths})
-        for path in tqdm(paths[rank::world_size], desc="Encoding films", delay=2, disable=rank > 0):
-            self(path)
-        if world_size > 1:
-            torch.distributed.barrier()
+            # The default group gives up after minutes. One process may have hours of film left when another is done.
+            group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+        paths, error = sorted({path for path in map(os.fspath, paths) if not _is_url(path)}), None
+        try:
+            self._vision_fingerprint()  # workers need it even where there is no film to encode
+            for path in tqdm(paths[rank::world_size], desc="Encoding films", delay=2, disable=rank > 0):
+                self(path)
+        except Exception as exception:  # the other processes must hear of it, as they wait for this one
+            error = exception
+        if group is not None:
+            failures = [None] * world_size
+            failure = None if error is None else f"Process {rank} could not encode its films: {error}"
+            torch.distributed.all_gather_object(failures, failure, group=group)
+            torch.distributed.destroy_process_group(group)
+            if error is None and any(failures):
+                raise RuntimeError(next(filter(None, failures)))
+        if error is not None:
+            raise error
 
     def __call__(self, path: str | os.PathLike) -> EncodedFrames:
         """Return the features of a film.
 
         Raises:
             FileNotFoundError: if the file does not exist.
-            ValueError: if it cannot be read, or the vision tower is trained or sharded.
+            ValueError: if it cannot be read, or the vision tower is trained, sharded, offloaded or has adapters.
+            RuntimeError: if it is not kept yet, and this process cannot encode it.
+            OSError: if its features cannot be written to the folder.
         """
         key = self._key(path)
         if key is None:
@@ -78,21 +116,31 @@ class FrozenVisionFeatures:
     def _key(self, path) -> str | None:
         """All that the features of a film depend on; None for a URL, which does not tell whether it has changed."""
         fingerprint = self._vision_fingerprint()
-        if "://" in os.fspath(path):
+        if _is_url(path):
             warnings.warn("The features of URLs are not kept: download the films.", stacklevel=2)
             return None
         stat = os.stat(path)
         entries = {"path": os.path.realpath(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        entries["format"] = _FORMAT
         entries |= {"frame_rate": float(self.processor.video_processor.fps), "vision": fingerprint}
         return json.dumps(entries, sort_keys=True)
 
     def _vision_fingerprint(self) -> str:
         """A hash of the vision tower and of the way frames are prepared."""
+        if self._is_reader():
+            if not self._fingerprint:
+                raise RuntimeError(_NOT_PREPARED)
+            return self._fingerprint
         tower, config = self.model.vision_tower, self.model.config
         if any(map(is_sharded, tower.modules())):
             raise ValueError(
                 "The vision tower's parameters are sharded (ZeRO-3 or FSDP), so that one process cannot encode a "
-                "film: keep the features in a folder with an unsharded model first, or train without them."
+                "film: give FrozenVisionFeatures an unsharded copy of the model, or train without it."
+            )
+        if any(hasattr(module, "merged_adapters") for module in tower.modules()):
+            raise ValueError(
+                "Features of a vision tower with adapters cannot be kept, because adapters can be switched: merge "
+                "them with `merge_and_unload`, or place them elsewhere."
             )
         tensors = dict(tower.state_dict(keep_vars=True))
         trained = [name for name, tensor in tensors.items() if tensor.requires_grad]
@@ -105,11 +153,14 @@ class FrozenVisionFeatures:
             raise ValueError("The vision tower is offloaded, so that its features cannot be kept: load it as a whole.")
         frames = self.processor.video_processor.to_dict()
         frames.pop("fps", None)
+        vision_config = config.vision_config.to_dict()
+        for name in ("dtype", "transformers_version"):  # these may differ between a model and its checkpoint
+            vision_config.pop(name, None)
         names = ("vision_feature_layer", "spatial_pool_mode", "spatial_pool_stride", "spatial_pool_rounding")
         settings = {name: getattr(config, name) for name in (*names, "image_mean", "image_std")}
-        settings |= {"vision_config": config.vision_config.to_dict(), "video_processor": frames}
+        settings |= {"vision_config": vision_config, "video_processor": frames}
         settings = json.dumps(settings, sort_keys=True, default=str)
-        versions = (settings, *((name, t.data_ptr(), t._version, t.dtype) for name, t in tensors.items()))
+        versions = (settings, _sample(tensors), *((name, _version(t), t.dtype) for name, t in tensors.items()))
         if versions != self._versions:  # hashing the weights takes seconds
             digest = hashlib.sha256(settings.encode())
             for name, tensor in sorted(tensors.items()):
@@ -117,6 +168,12 @@ class FrozenVisionFeatures:
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
             self._versions, self._fingerprint = versions, digest.hexdigest()
         return self._fingerprint
+
+    def _is_reader(self) -> bool:
+        """Whether this process has no vision tower that it can use."""
+        if self.model is None:
+            return True
+        return torch.utils.data.get_worker_info() is not None and self.model.vision_tower.device.type != "cpu"
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
@@ -129,25 +186,35 @@ class FrozenVisionFeatures:
             with safe_open(self._file(key), framework="pt") as file:
                 if (file.metadata() or {}).get("key") == key:
                     return EncodedFrames(file.get_tensor("features"), file.get_tensor("picture_indices"))
-        except (FileNotFoundError, SafetensorError):
-            pass  # not there, or damaged
+        except (OSError, SafetensorError):
+            pass  # not there, not readable, or damaged
         return None
 
     def _keep(self, path, key: str, kept: EncodedFrames):
         if self.folder is None:
             self._kept[os.path.realpath(path)] = (key, kept)
             return
-        handle, partial = tempfile.mkstemp(dir=self.folder, suffix=".partial")
-        os.close(handle)
+        partial = self.folder / f"{uuid.uuid4().hex}.partial"
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial.touch()
+            mode = partial.stat().st_mode
             save_file({"features": kept.features, "picture_indices": kept.picture_indices}, partial, {"key": key})
+            partial.chmod(mode)  # safetensors writes files that only their owner may read
             os.replace(partial, self._file(key))
-        except BaseException:
-            os.unlink(partial)
-            raise
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"The features of {os.fspath(path)} could not be written to {self.folder} ({error}): make room there, "
+                "check access to it, or choose another folder."
+            ) from error
+        finally:
+            with suppress(OSError):  # it is there only if writing was interrupted
+                partial.unlink()
 
     @torch.no_grad()
     def _encode(self, path) -> EncodedFrames:
+        if self._is_reader():
+            raise RuntimeError(f"The features of {os.fspath(path)} are not kept. {_NOT_PREPARED}")
         fit, piece = self.processor.video_processor.frame_fitter(), self.model.config.frames_per_vision_pass
         seen, indices, waiting, features, shown = {}, [], [], [], None
         frames = iter_frames(
@@ -171,11 +238,6 @@ class FrozenVisionFeatures:
 
     def _features(self, frames: list[torch.Tensor]) -> torch.Tensor:
         tower = self.model.vision_tower
-        if tower.device.type != "cpu" and torch.utils.data.get_worker_info() is not None:
-            raise RuntimeError(
-                "A worker process of a DataLoader cannot encode films on a GPU: call `prepare` before training, with "
-                "a folder, or set dataloader_num_workers=0."
-            )
         training = tower.training
         tower.eval()
         try:
@@ -184,3 +246,22 @@ class FrozenVisionFeatures:
                 return self.model.get_vision_features(pixels).cpu()
         finally:
             tower.train(training)
+
+
+def _is_url(path: str | os.PathLike) -> bool:
+    return "://" in os.fspath(path)
+
+
+def _version(tensor: torch.Tensor) -> tuple[int, int]:
+    """The address and the number of changes of a tensor; PyTorch does not count those of inference tensors."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _sample(tensors: dict[str, torch.Tensor]) -> bytes:
+    """A few values of a few tensors.
+
+    Writing through `.data` does not count as a change, and new tensors may get the address of earlier ones.
+    """
+    some = [tensor.detach().flatten() for tensor in tensors.values()]
+    some = some[:: max(1, len(some) // 8)]
+    return torch.cat([values[:: max(1, len(values) // 8)].double() for values in some]).cpu().numpy().tobytes()
