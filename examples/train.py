@@ -20,7 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from transformers import AutoModel, AutoProcessor, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from transformers_ma2mba import DataCollatorForVideoQA, FrozenVisionFeatures, batches_by_tokens
@@ -48,6 +56,17 @@ class Arguments:
         default=None,
         metadata={"help": "Train on batches of at most this many tokens, in place of per_device_train_batch_size."},
     )
+
+
+class EncodeFilms(TrainerCallback):
+    """Encodes all films once the model has its final weights, data type and device, before worker processes start."""
+
+    def __init__(self, features: FrozenVisionFeatures, paths: list[str]):
+        self.features, self.paths = features, paths
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Encode the films that are not kept yet."""
+        self.features.prepare(self.paths)
 
 
 def parse_arguments(words: list[str]) -> tuple[Arguments, TrainingArguments]:
@@ -81,7 +100,7 @@ def load_rows(path: str | None, folder: str | None) -> list[dict] | None:
     def resolve(paths):
         if isinstance(paths, list):
             return [resolve(path) for path in paths]
-        return paths if "://" in paths else str(start / paths)
+        return str(start / paths) if isinstance(paths, str) and "://" not in paths else paths
 
     rows = json.loads(Path(path).read_text())
     return [{key: resolve(row[key]) if key in ("video", "image") else row[key] for key in row} for row in rows]
@@ -141,8 +160,8 @@ def main():
         compute_metrics=answer_accuracy,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
     )
-    if features is not None and features.folder is not None:
-        features.prepare(videos_of(train_rows) + videos_of(validation_rows))
+    if features is not None:
+        trainer.add_callback(EncodeFilms(features, videos_of(train_rows) + videos_of(validation_rows)))
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint == "last":
         checkpoint = get_last_checkpoint(training_args.output_dir)

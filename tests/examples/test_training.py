@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import make_tiny_model
 import numpy as np
@@ -14,7 +15,9 @@ import train
 from safetensors.torch import load_file
 from tiny import EXAMPLES, ROOT
 from torch.testing import assert_close
-from transformers import pipeline
+from transformers import TrainerCallback, pipeline
+
+from transformers_ma2mba import FrozenVisionFeatures
 
 ENVIRONMENT = {
     **os.environ,
@@ -173,6 +176,27 @@ def test_films_of_any_length_train_in_batches_of_tokens(demo, monkeypatch):
             assert_close(trained[other][name], weight, rtol=0, atol=2e-6)
 
 
+def test_films_are_encoded_before_worker_processes_start(demo, monkeypatch):
+    """Each worker would encode the films again, and forget them after each epoch."""
+    encoded, encode = [], FrozenVisionFeatures._encode
+
+    def encode_once(features, path):
+        assert features.model.dtype == torch.bfloat16
+        encoded.append(path)
+        return encode(features, path)
+
+    class Cast(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            model.bfloat16()  # stands for DeepSpeed, which does so after the Trainer is made
+
+    monkeypatch.setattr(FrozenVisionFeatures, "_encode", encode_once)
+    monkeypatch.setattr(train, "Trainer", partial(train.Trainer, callbacks=[Cast()]))
+    options = dict(train_file=demo / "train_films.json", freeze="vision_tower", tokens_per_batch=300, max_steps=1)
+    options |= dict(eval_strategy="no", keep_features="memory", dataloader_num_workers=1)
+    train_here(monkeypatch, *arguments(demo, demo / "workers", **options))
+    assert len(encoded) == len(set(encoded)) == 4 + 6
+
+
 def test_accuracy_counts_answers_with_a_right_end():
     """Of three answers in two conversations, the second has a wrong end."""
 
@@ -187,7 +211,7 @@ def test_accuracy_counts_answers_with_a_right_end():
 
 
 def test_paths_are_relative_to_their_list(tmp_path):
-    rows = [{"video": "a.mp4"}, {"image": ["b.png", "https://host/c.png"]}, {"conversations": []}]
+    rows = [{"video": "a.mp4"}, {"image": ["b.png", "https://host/c.png"]}, {"video": None}]
     (tmp_path / "list.json").write_text(json.dumps(rows))
     beside = [{"video": f"{tmp_path}/a.mp4"}, {"image": [f"{tmp_path}/b.png", "https://host/c.png"]}, rows[2]]
     assert train.load_rows(tmp_path / "list.json", None) == beside
