@@ -76,7 +76,7 @@ class FrozenVisionFeatures:
         if self.folder is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
             rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
             # The default group gives up after minutes. One process may have hours of film left when another is done.
-            group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+            group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
         paths, error = sorted({path for path in map(os.fspath, paths) if not _is_url(path)}), None
         try:
             self._vision_fingerprint()  # workers need it even where there is no film to encode
@@ -262,6 +262,5 @@ def _sample(tensors: dict[str, torch.Tensor]) -> bytes:
 
     Writing through `.data` does not count as a change, and new tensors may get the address of earlier ones.
     """
-    some = [tensor.detach().flatten() for tensor in tensors.values()]
-    some = some[:: max(1, len(some) // 8)]
+    some = [tensor.detach().flatten() for tensor in list(tensors.values())[:: max(1, len(tensors) // 8)]]
     return torch.cat([values[:: max(1, len(values) // 8)].double() for values in some]).cpu().numpy().tobytes()
