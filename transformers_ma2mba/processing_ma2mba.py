@@ -287,12 +287,12 @@ def _join_encoded(videos) -> dict | None:
         return None
     if not all(isinstance(film, EncodedFrames) for film in films):
         raise ValueError("The videos of one batch must be encoded already, or not, all of them.")
-    starts = np.cumsum([0, *(len(film.features) for film in films)])
-    indices = [film.picture_indices + int(start) for film, start in zip(films, starts, strict=False)]
+    different = list(dict.fromkeys(films))  # by identity: a film may be in several samples
+    starts = dict(zip(different, np.cumsum([0, *(len(film.features) for film in different)]).tolist(), strict=False))
     return {
         "num_frames": [len(film.picture_indices) for film in films],
-        "vision_features_videos": torch.cat([film.features for film in films]),
-        "picture_indices_videos": torch.cat(indices),
+        "vision_features_videos": torch.cat([film.features for film in different]),
+        "picture_indices_videos": torch.cat([film.picture_indices + starts[film] for film in films]),
     }
 
 

@@ -202,6 +202,18 @@ def test_a_trained_vision_tower_is_refused(config, processor, film):
         features(film)
 
 
+def test_a_film_in_several_rows_is_in_a_batch_once(model, processor, film, tmp_path):
+    """Lists often have several rows for a film, which are of one length and so in one batch."""
+    rows = rows_of(film, write_film(tmp_path / "other.mp4", "EEF", seed=1), film)
+    features = FrozenVisionFeatures(model, processor, tmp_path / "kept")
+    kept = DataCollatorForVideoQA(processor, vision_features=features)(rows)
+    assert kept["vision_features_videos"].shape[0] == 4 + 2
+    assert kept["picture_indices_videos"].tolist() == [0, 0, 1, 2, 0, 0, 3, 4, 4, 5, 0, 0, 1, 2, 0, 0, 3]
+    with torch.no_grad():
+        losses = [model(**batch).loss for batch in (kept, DataCollatorForVideoQA(processor)(rows))]
+    assert torch.allclose(*losses)
+
+
 def test_a_url_is_encoded_each_time(model, processor, film, monkeypatch):
     features = FrozenVisionFeatures(model, processor)
     calls = count_encoded(features, monkeypatch)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
@@ -41,9 +42,10 @@ class DataCollatorForVideoQA:
         rows = [row for item in rows for row in (item if isinstance(item, list) else [item])]
         conversations = [conversation_to_messages(row, self.folder) for row in rows]
         if self.keep_frames or self.vision_features is not None:
-            for messages in conversations:
-                for message in messages:
-                    message["content"] = [self._with_frames(block) for block in message["content"]]
+            frames_of = cache(self._frames_of)  # a film may be in several rows of the batch
+            for block in (block for messages in conversations for message in messages for block in message["content"]):
+                if block["type"] == "video":
+                    block["video"] = frames_of(block.pop("path"))
         batch = self.processor.apply_chat_template(
             conversations,
             tokenize=True,
@@ -56,14 +58,11 @@ class DataCollatorForVideoQA:
         batch["labels"] = torch.where(spoken.bool(), batch["input_ids"], -100)
         return dict(batch)
 
-    def _with_frames(self, block: dict) -> dict:
-        if block["type"] != "video":
-            return block
-        path = block["path"]
+    def _frames_of(self, path: str) -> EncodedFrames | FittedFrames:
         if self.vision_features is not None:
-            return {"type": "video", "video": self.vision_features(path)}
+            return self.vision_features(path)
         if path not in self._kept:
             # As uint8 they take a quarter of the memory that normalised frames take.
             encoded = self.processor.video_processor(path, do_rescale=False, do_normalize=False, progress=False)
             self._kept[path] = FittedFrames(encoded["pixel_values_videos"])
-        return {"type": "video", "video": self._kept[path]}
+        return self._kept[path]
