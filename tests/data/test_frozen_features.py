@@ -335,8 +335,10 @@ def test_memory_does_not_grow_with_the_film(model, processor, tmp_path):
 def test_the_training_mode_of_the_tower_is_kept(model, processor, film):
     model.train()
     model.model.vision_tower.eval()
+    model.model.vision_tower.encoder.train()
+    modes = [module.training for module in model.modules()]
     FrozenVisionFeatures(model, processor)(film)
-    assert model.training and not model.model.vision_tower.training
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_dropout_and_autocast_do_not_reach_kept_features(film):

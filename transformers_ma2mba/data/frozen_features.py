@@ -238,14 +238,15 @@ class FrozenVisionFeatures:
 
     def _features(self, frames: list[torch.Tensor]) -> torch.Tensor:
         tower = self.model.vision_tower
-        training = tower.training
+        modes = {module: module.training for module in tower.modules()}
         tower.eval()
         try:
             with torch.autocast(tower.device.type, enabled=False):
                 pixels = self.processor.video_processor.frame_normalizer()(torch.stack(frames))
                 return self.model.get_vision_features(pixels).cpu()
         finally:
-            tower.train(training)
+            for module, training in modes.items():
+                module.training = training
 
 
 def _is_url(path: str | os.PathLike) -> bool:
