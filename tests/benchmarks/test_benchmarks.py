@@ -26,11 +26,12 @@ import speed  # noqa: E402
 import video_reader  # noqa: E402
 import watch  # noqa: E402
 from breakdown import copies_and_kernels, kernels_by_kind, overlap, union  # noqa: E402
-from common import plans, recording, training_step  # noqa: E402
+from common import plans, recording, toy_films, training_step  # noqa: E402
 from common.methods import AUTHORS, GPU_METHODS  # noqa: E402
 from common.options import TINY, TINY_LENGTHS  # noqa: E402
 from common.recording import Record  # noqa: E402
 from common.training_step import TrainingStep, measure_lengths  # noqa: E402
+from make_videos import COLOURS, FPS, QUESTIONS, paint, plan_film, render  # noqa: E402
 
 from transformers_ma2mba import Ma2mbaConfig  # noqa: E402
 
@@ -455,7 +456,95 @@ def test_pages_of_the_committed_results_are_up_to_date(name):
 
 def test_tables_of_the_committed_results_are_printed():
     assert "| demo, 4 heads | 9.7 ms | 5.2 ms | 1.9 |" in scan.report(read_results("scan"))
-    assert needle.report(read_results("needle")).startswith("| films | answers | 1 min | 2 min |")
+    assert needle.report(read_results("needle")).startswith("| viewer | films | answers | 1 min | 2 min |")
+
+
+# Toy films
+
+
+DEFAULT_CHECKPOINT = str(BENCHMARKS.parent / "transformers_ma2mba" / "default_checkpoint")
+
+
+@pytest.fixture
+def qa():
+    return toy_films.load_pipeline(DEFAULT_CHECKPOINT)
+
+
+def toy_film(seconds, **answers):
+    rng = random.Random(seconds)
+    return plan_film(seconds, {**toy_films.random_answers(rng), **answers}, rng)
+
+
+def frames_of(film):
+    return list(render(film))[::FPS]
+
+
+def run_on_toy_films(module, monkeypatch, output_dir, *options):
+    words = ["--clips_model", DEFAULT_CHECKPOINT, "--output_dir", str(output_dir), *options]
+    monkeypatch.setattr(sys, "argv", [module.__file__, *words])
+    module.main()
+    return json.loads((output_dir / f"{module.__name__}.json").read_text())
+
+
+def assert_states_close(cache, expected):
+    for layer, other in zip(cache.layers, expected.layers, strict=True):
+        torch.testing.assert_close(layer.recurrent_states[0], other.recurrent_states[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.conv_states[0], other.conv_states[0], rtol=1e-4, atol=1e-4)
+
+
+def test_toy_films_are_watched_quickly_with_the_same_result(qa):
+    films = [toy_film(90), toy_film(90, flash="blue", count="four times")]
+    encode, num_encoded = qa.model.model._encode_frames, []
+    qa.model.model._encode_frames = lambda pixels: num_encoded.append(len(pixels)) or encode(pixels)
+    quick = toy_films.watch(qa, films)
+    assert 10 < sum(num_encoded) < 80
+    del qa.model.get_video_features  # the model's own method again, which encodes every frame
+    num_encoded.clear()
+    plain = [qa.watch(frames_of(film), progress=False) for film in films]
+    assert sum(num_encoded) == 180
+    questions = [question for question, _ in QUESTIONS.values()]
+    for session, expected in zip(quick, plain, strict=True):
+        assert session.num_frames == expected.num_frames == 90
+        assert_states_close(session.state(), expected.state())
+        found, other = (one.ask(questions, max_new_tokens=8) for one in (session, expected))
+        assert [entry["answer"] for entry in found] == [entry["answer"] for entry in other]
+
+
+def test_film_without_events_shows_one_picture():
+    film = toy_films.without_events(toy_film(30))
+    assert all((frame == paint(film)(0)).all() for frame in frames_of(film))
+    assert len(frames_of(film)) == 30
+
+
+def test_missing_checkpoint_is_named():
+    with pytest.raises(SystemExit, match="demo/nothing is not a folder with a checkpoint"):
+        toy_films.load_pipeline("demo/nothing")
+
+
+@pytest.mark.parametrize("seconds", [16, 160])
+def test_sampled_frames_are_evenly_spread(seconds):
+    seen = []
+    for second in range(seconds):
+        film = {**toy_films.without_events(toy_film(seconds)), "flash": ("red", second)}
+        frames = needle.sample_frames(film, random.Random(5))
+        assert len(frames) == needle.NUM_SAMPLED
+        if any((frame[0, 0] == COLOURS["red"]).all() for frame in frames):
+            seen.append(second)
+    assert len(seen) == needle.NUM_SAMPLED
+    assert {later - earlier for earlier, later in zip(seen, seen[1:], strict=False)} == {seconds // 16}
+
+
+def test_needle_compares_three_viewers(tmp_path, monkeypatch):
+    options = ("--minutes", "0.25", "--depths", "50", "--films", "4")
+    results = run_on_toy_films(needle, monkeypatch, tmp_path, *options)
+    assert len(results["cells"]) == 3 * 2
+    for cell in results["cells"]:
+        assert len(cell["wrong"]) == round((1 - cell["accuracy"]) * 4)
+        if cell["viewer"] != "sampled":
+            assert cell["accuracy"] == cell["ranked_accuracy"] == 1
+    report = needle.report(results)
+    assert "| clips | quiet | word for word | 1.00 |" in report
+    assert "| sampled | busy | ranked |" in report
 
 
 # The script that runs them all
