@@ -23,6 +23,7 @@ import needle  # noqa: E402
 import scan  # noqa: E402
 import side_by_side  # noqa: E402
 import speed  # noqa: E402
+import state  # noqa: E402
 import video_reader  # noqa: E402
 import watch  # noqa: E402
 from breakdown import copies_and_kernels, kernels_by_kind, overlap, union  # noqa: E402
@@ -448,9 +449,9 @@ def read_results(name):
     return json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["memory", "memory_default_allocator", "speed", "video_reader", "watch"])
+@pytest.mark.parametrize("name", ["memory", "memory_default_allocator", "speed", "state", "video_reader", "watch"])
 def test_pages_of_the_committed_results_are_up_to_date(name):
-    module = {"speed": speed, "video_reader": video_reader, "watch": watch}.get(name, memory)
+    module = {"speed": speed, "state": state, "video_reader": video_reader, "watch": watch}.get(name, memory)
     assert module.report(read_results(name)) == (BENCHMARKS / "results" / f"{name}.md").read_text()
 
 
@@ -545,6 +546,73 @@ def test_needle_compares_three_viewers(tmp_path, monkeypatch):
     report = needle.report(results)
     assert "| clips | quiet | word for word | 1.00 |" in report
     assert "| sampled | busy | ranked |" in report
+
+
+def test_half_lives_follow_decay_and_time_step(qa):
+    for layer in qa.model.model.language_model.layers:
+        with torch.no_grad():
+            layer.mixer.in_proj.weight[-layer.mixer.num_heads :] = 0
+            layer.mixer.dt_bias.fill_(-2.252168)  # softplus gives 0.1
+            layer.mixer.A_log.fill_(-4.60517)  # A = 0.01
+    found = state.measure_film(qa, 40, seed=0)
+    assert found["A"] == [[0.01] * 6] * 3
+    assert torch.tensor(found["half_lives"]).shape == (3, 6)
+    for name in ("half_lives", "half_lives_at_events"):
+        torch.testing.assert_close(torch.tensor(found[name]), torch.full((3, 6), 693.1), rtol=1e-3, atol=0)
+
+
+def test_norms_are_those_of_the_state_at_their_moment(qa):
+    found = state.measure_film(qa, 40, seed=0)
+    rng = random.Random(0)
+    planned = plan_film(40, toy_films.random_answers(rng), rng)
+    frames, still = frames_of(planned), paint(toy_films.without_events(planned))(0)
+    assert found["event_seconds"] == [second for second in range(40) if (frames[second] != still).any()]
+    assert found["moments"][0] == 1 and found["moments"][-1] == 40
+    for place in (4, -1):
+        cache = qa.watch(frames[: found["moments"][place]], progress=False).state()
+        torch.testing.assert_close(torch.tensor(found["norms"][place]), state.norms(cache), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("place", ["start", "anywhere", "end"])
+def test_events_are_at_their_place(place):
+    film, answers = state.plan(place, 600, seed=0, index=3)
+    assert film["seconds"] == 600
+    still = paint(toy_films.without_events(film))(0)
+    seconds = [second for second, frame in enumerate(frames_of(film)) if (frame != still).any()]
+    first, last = {"start": (0, 19), "anywhere": (0, 599), "end": (580, 599)}[place]
+    assert first <= seconds[0] and seconds[-1] <= last
+    if place != "anywhere":
+        assert answers["when"] == place
+        clip, _ = state.plan("start" if place == "start" else "end", 20, seed=0, index=3)
+        assert all((paint(film)(first + second) == paint(clip)(second)).all() for second in range(20))
+
+
+def test_background_and_trace_add_up_to_the_state(qa):
+    examiner = state.Examiner(qa, num_films=2, seed=0)
+    films, right = examiner.planned("start", 60)
+    backgrounds, traces = examiner.events_at_start(60)
+    states = state.sums(backgrounds, traces)
+    for cache, planned in zip(states, films, strict=True):
+        assert_states_close(cache, qa.watch(frames_of(planned), progress=False).state())
+    assert state.mean_norms(traces).min() >= 0 and state.mean_norms(traces).max() > 1
+    assert examiner.accuracy(states, right)["all"] > 0.8  # a minute is near the lengths of its training
+    wrong = [{**answers, "flash": "none"} for answers in right]
+    assert examiner.accuracy(states, wrong)["flash"] == 0
+    assert state.largest_difference(states, states) == 0
+
+
+def test_state_measures_three_models(tmp_path, monkeypatch):
+    options = ("--untrained", DEFAULT_CHECKPOINT, "--seconds", "30", "--hours", "0.008", "--films", "1")
+    results = run_on_toy_films(state, monkeypatch, tmp_path, *options)
+    assert list(results["models"]) == ["untrained", "clips", "films"]
+    for name in ("clips", "films"):
+        [row] = results["models"][name]["hours"]
+        assert row["hours"] == 0.008
+        assert row["accuracy"]["start"] == row["accuracy"]["start, float64"]
+        assert 0 < row["rounding"] < 1e-4
+    page = (tmp_path / "state.md").read_text()
+    assert page == state.report(results)
+    assert "| model | layer | head 0 |" in page and "| the same films in float64 | events anywhere |" in page
 
 
 # The script that runs them all
