@@ -1,6 +1,6 @@
 """The share of films of which the model remembers a flash of one second, by the film's length and the flash's place.
 
-    python benchmarks/needle.py                                    # after `make demo`; ten minutes on one core
+    python benchmarks/needle.py                                    # after `make demo`; five minutes on one core
     python benchmarks/needle.py --minutes 1 2 4 --films 4 --output_dir elsewhere
     python benchmarks/needle.py --plot_only                        # draw the results again
 
