@@ -55,20 +55,23 @@ demo: $(VENV)/.installed
 	$(LAUNCH) examples/train.py examples/recipes/demo_clips.yaml --seed $(SEED) \
 		--model_name_or_path $(DEMO)/untrained --output_dir $(DEMO)/clips \
 		--train_file $(DEMO)/data/train.json --validation_file $(DEMO)/data/validation.json
-	$(LAUNCH) examples/train.py examples/recipes/demo_films.yaml --seed $(SEED) \
-		--model_name_or_path $(DEMO)/clips --output_dir $(DEMO)/model \
-		--train_file $(DEMO)/data/train_films.json --keep_features $(DEMO)/features
+	$(LAUNCH) examples/train.py examples/recipes/demo_minutes.yaml --seed $(SEED) \
+		--model_name_or_path $(DEMO)/clips --output_dir $(DEMO)/minutes \
+		--train_file $(DEMO)/data/train_minutes.json --keep_features $(DEMO)/features
+	$(LAUNCH) examples/train.py examples/recipes/demo_hours.yaml --seed $(SEED) \
+		--model_name_or_path $(DEMO)/minutes --output_dir $(DEMO)/model \
+		--train_file $(DEMO)/data/train_hours.json --keep_features $(DEMO)/features
 	OMP_NUM_THREADS=1 $(BIN)/python examples/evaluate.py --model $(DEMO)/model --output_file $(DEMO)/accuracy.json \
 		$(DEMO)/data/validation.json $(DEMO)/data/long.json $(DEMO)/data/hours.json
 	$(BIN)/python examples/ask.py --model $(DEMO)/model $(DEMO)/data/validation/00000.mp4 \
 		"Which shape appears?" "Which way does the ball move?" "Which colour is the flash?"
 
 day: $(VENV)/.installed
-	$(BIN)/python examples/make_videos.py --output_dir $(DEMO)/day --seed $(SEED) --max_film_seconds 86400 \
-		--num_train 0 --num_validation 0 --num_long 0 --num_hours 8
+	$(BIN)/python examples/make_videos.py --output_dir $(DEMO)/day --seed $(SEED) --max_hours_seconds 86400 \
+		--num_train 0 --num_train_minutes 0 --num_train_hours 500 --num_validation 0 --num_long 0 --num_hours 8
 	$(LAUNCH) examples/train.py examples/recipes/demo_day.yaml --seed $(SEED) \
 		--model_name_or_path $(DEMO)/model --output_dir $(DEMO)/day/model \
-		--train_file $(DEMO)/day/train_films.json --keep_features $(DEMO)/day/features
+		--train_file $(DEMO)/day/train_hours.json --keep_features $(DEMO)/day/features
 	OMP_NUM_THREADS=1 $(BIN)/python examples/evaluate.py --model $(DEMO)/day/model --output_file $(DEMO)/day/accuracy.json \
 		$(DEMO)/data/validation.json $(DEMO)/data/long.json $(DEMO)/data/hours.json $(DEMO)/day/hours.json
 

@@ -6,21 +6,22 @@ Each film has five events, each at its own time and place, and six kinds of ques
 
     top left      a white shape appears for a while       what: which shape?   when: at the start, middle or end?
     top right     a ball comes, crosses and goes          direction: which way?
-    bottom left   two coloured blocks, one by one         first: which colour?
+    bottom left   two to four coloured blocks, in turn    first: which colour?
     bottom right  a lamp blinks                           count: how often?
     whole frame   a coloured flash of one second          flash: which colour?
 
-Five lists have rows of `video`, `conversations` (human and gpt turns, one question of each kind) and `kinds`:
+Six lists have rows of `video`, `conversations` (human and gpt turns, one question of each kind) and `kinds`:
 
     train.json         clips of 8 to 20 seconds
-    train_films.json   films of 8 seconds to two hours, equally many of each length on a logarithmic scale
+    train_minutes.json films of 8 seconds to two minutes
+    train_hours.json   films of 8 seconds to two hours
     validation.json    clips of 8 to 20 seconds
     long.json          films of 80 seconds
     hours.json         films of two hours
 
-All are H.264. The films of `train_films.json` have a variable frame rate: a frame for each change of the picture, as
-in recordings of a screen, so that hundreds of them are written and read in seconds. The others have all frames. The
-same seed gives the same files. To train on real data, give `examples/train.py` a list of the same format.
+All are H.264. Lengths are uniform on a logarithmic scale. The films of `train_minutes.json` and `train_hours.json` have
+a variable frame rate: a frame for each change of the picture, as in recordings of a screen, so that thousands of them
+are written and read in seconds. The others have all frames. The same seed gives the same files. To train on real data, give `examples/train.py` a list of the same format.
 """
 
 import argparse
@@ -60,14 +61,19 @@ def plan_film(seconds: int, answers: dict[str, str], rng: random.Random) -> dict
     shape_start = rng.randint(earliest, latest)
     moving = rng.randint(6, 8)
     ball_start = rng.randint(0, seconds - moving)
-    second_colour = rng.choice([colour for colour in COLOURS if colour != answers["first"]])
-    block_starts = sorted(rng.sample(range(0, seconds - 2, 3), 2))
+    # A model that judges age by how far a trace has faded learns nothing that holds for hours. The number of blocks,
+    # and colours that come again, mislead it.
+    places = range(0, seconds - 2, 3)
+    block_starts = sorted(rng.sample(places, rng.randint(2, min(4, len(places)))))
+    block_colours = [answers["first"]]
+    while len(block_colours) < len(block_starts):
+        block_colours.append(rng.choice([colour for colour in COLOURS if colour != block_colours[-1]]))
     blinks = QUESTIONS["count"][1].index(answers["count"]) + 1
     return {
         "seconds": seconds,
         "shape": (answers["what"], shape_start, shape_start + shown),
         "ball": (answers["direction"], ball_start, ball_start + moving),
-        "blocks": list(zip([answers["first"], second_colour], block_starts, strict=True)),
+        "blocks": list(zip(block_colours, block_starts, strict=True)),
         # at most every other second, so that two blinks never merge
         "blinks": rng.sample(range(0, seconds, 2), blinks),
         "flash": (answers["flash"], rng.randrange(seconds)),
@@ -194,25 +200,30 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--num_train", type=int, default=4000)
-    parser.add_argument("--num_train_films", type=int, default=600)
+    parser.add_argument("--num_train_minutes", type=int, default=3000)
+    parser.add_argument("--num_train_hours", type=int, default=1000)
     parser.add_argument("--num_validation", type=int, default=120)
     parser.add_argument("--num_long", type=int, default=60)
     parser.add_argument("--num_hours", type=int, default=24)
     parser.add_argument("--min_seconds", type=int, default=8)
     parser.add_argument("--max_seconds", type=int, default=20, help="of a clip; the long films take four times this")
-    parser.add_argument("--max_film_seconds", type=int, default=7200)
+    parser.add_argument("--max_minutes_seconds", type=int, default=120)
+    parser.add_argument("--max_hours_seconds", type=int, default=7200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.min_seconds < 8:
         parser.error("--min_seconds must be at least 8, so that everything fits into a film")
 
-    clips, films = (args.min_seconds, args.max_seconds), (args.min_seconds, args.max_film_seconds)
-    long, hours = (4 * args.max_seconds,) * 2, (args.max_film_seconds,) * 2
+    clips, minutes, up_to_hours = (
+        (args.min_seconds, longest) for longest in (args.max_seconds, args.max_minutes_seconds, args.max_hours_seconds)
+    )
+    long, hours = (4 * args.max_seconds,) * 2, (args.max_hours_seconds,) * 2
     split = partial(make_split, args.output_dir, args.seed)
     jobs = [
         *split("hours", args.num_hours, hours),  # first, because they take longest
         *split("train", args.num_train, clips),
-        *split("train_films", args.num_train_films, films, variable_rate=True),
+        *split("train_minutes", args.num_train_minutes, minutes, variable_rate=True),
+        *split("train_hours", args.num_train_hours, up_to_hours, variable_rate=True),
         *split("validation", args.num_validation, clips),
         *split("long", args.num_long, long),
     ]

@@ -16,12 +16,12 @@ from tiny import EXAMPLES
 
 from transformers_ma2mba import probe, read_video
 
-SPLITS = {"train": 2, "train_films": 2, "validation": 1, "long": 1, "hours": 1}
+SPLITS = {"train": 2, "train_minutes": 2, "train_hours": 2, "validation": 1, "long": 1, "hours": 1}
 
 
 def write_films(folder, seed):
     options = {f"num_{split}": count for split, count in SPLITS.items()}
-    options |= dict(min_seconds=8, max_seconds=10, max_film_seconds=90, seed=seed)
+    options |= dict(min_seconds=8, max_seconds=10, max_minutes_seconds=30, max_hours_seconds=90, seed=seed)
     command = [sys.executable, str(EXAMPLES / "make_videos.py"), "--output_dir", str(folder)]
     subprocess.run(command + [f"--{name}={value}" for name, value in options.items()], check=True, timeout=300)
     return folder
@@ -69,7 +69,8 @@ def test_films_are_h264_of_the_lengths_asked_for(films):
         assert all(info.codec == "h264" for info in infos)
         durations[split] = [info.duration for info in infos]
     assert all(8 <= duration <= 10 for duration in durations["train"] + durations["validation"])
-    assert all(8 <= duration <= 90 for duration in durations["train_films"])
+    assert all(8 <= duration <= 90 for duration in durations["train_hours"])
+    assert all(8 <= duration <= 30 for duration in durations["train_minutes"])
     assert durations["long"] == [40] and durations["hours"] == [90]
 
 
