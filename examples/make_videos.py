@@ -19,9 +19,10 @@ Six lists have rows of `video`, `conversations` (human and gpt turns, one questi
     long.json          films of 80 seconds
     hours.json         films of two hours
 
-All are H.264. Lengths are uniform on a logarithmic scale. The films of `train_minutes.json` and `train_hours.json` have
-a variable frame rate: a frame for each change of the picture, as in recordings of a screen, so that thousands of them
-are written and read in seconds. The others have all frames. The same seed gives the same files. To train on real data, give `examples/train.py` a list of the same format.
+All are H.264, and lengths are uniform on a logarithmic scale. The films of `train_minutes.json` and `train_hours.json`
+have a variable frame rate: a frame for each change of the picture, as in recordings of a screen, so that thousands of
+them are written and read in seconds. The others have all frames. The same seed gives the same files. To train on real
+data, give `examples/train.py` a list of the same format.
 """
 
 import argparse
