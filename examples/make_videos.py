@@ -13,7 +13,7 @@ Each film has five events, each at its own time and place, and six kinds of ques
 Six lists have rows of `video`, `conversations` (human and gpt turns, one question of each kind) and `kinds`:
 
     train.json         clips of 8 to 20 seconds
-    train_minutes.json films of 8 seconds to two minutes
+    train_minutes.json films of 8 seconds to ten minutes
     train_hours.json   films of 8 seconds to two hours
     validation.json    clips of 8 to 20 seconds
     long.json          films of 80 seconds
@@ -208,7 +208,7 @@ def main():
     parser.add_argument("--num_hours", type=int, default=24)
     parser.add_argument("--min_seconds", type=int, default=8)
     parser.add_argument("--max_seconds", type=int, default=20, help="of a clip; the long films take four times this")
-    parser.add_argument("--max_minutes_seconds", type=int, default=120)
+    parser.add_argument("--max_minutes_seconds", type=int, default=600)
     parser.add_argument("--max_hours_seconds", type=int, default=7200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
