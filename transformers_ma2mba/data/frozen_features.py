@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils.logging import tqdm
 
-from ..gradient_checkpointing import is_sharded
 from ..modeling_ma2mba import Ma2mbaModel
 from ..processing_ma2mba import Ma2mbaProcessor
 from ..video import EncodedFrames, iter_frames
+from .vision_fingerprint import VisionFingerprint
 
 # A part of each film's key. A change of the features, or of their files, must change it.
 _FORMAT = 1
@@ -57,7 +57,7 @@ class FrozenVisionFeatures:
         if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"{self.folder} is a file: give a folder that keeps the features.")
         self._kept: dict[str, tuple[str, EncodedFrames]] = {}
-        self._versions, self._fingerprint = None, ""
+        self._fingerprint = VisionFingerprint(self.model, processor)
 
     def __getstate__(self) -> dict:
         return {**vars(self), "model": None}
@@ -127,47 +127,11 @@ class FrozenVisionFeatures:
 
     def _vision_fingerprint(self) -> str:
         """A hash of the vision tower and of the way frames are prepared."""
-        if self._is_reader():
-            if not self._fingerprint:
-                raise RuntimeError(_NOT_PREPARED)
-            return self._fingerprint
-        tower, config = self.model.vision_tower, self.model.config
-        if any(map(is_sharded, tower.modules())):
-            raise ValueError(
-                "The vision tower's parameters are sharded (ZeRO-3 or FSDP), so that one process cannot encode a "
-                "film: give FrozenVisionFeatures an unsharded copy of the model, or train without it."
-            )
-        if any(hasattr(module, "merged_adapters") for module in tower.modules()):
-            raise ValueError(
-                "Features of a vision tower with adapters cannot be kept, because adapters can be switched: merge "
-                "them with `merge_and_unload`, or place them elsewhere."
-            )
-        tensors = dict(tower.state_dict(keep_vars=True))
-        trained = [name for name, tensor in tensors.items() if tensor.requires_grad]
-        if trained:
-            raise ValueError(
-                f"Features of a vision tower that is trained cannot be kept; its parameter {trained[0]} requires "
-                "gradients. Freeze it: model.model.vision_tower.requires_grad_(False)."
-            )
-        if any(tensor.is_meta for tensor in tensors.values()):
-            raise ValueError("The vision tower is offloaded, so that its features cannot be kept: load it as a whole.")
-        frames = self.processor.video_processor.to_dict()
-        frames.pop("fps", None)
-        vision_config = config.vision_config.to_dict()
-        for name in ("dtype", "transformers_version"):  # these may differ between a model and its checkpoint
-            vision_config.pop(name, None)
-        names = ("vision_feature_layer", "spatial_pool_mode", "spatial_pool_stride", "spatial_pool_rounding")
-        settings = {name: getattr(config, name) for name in (*names, "image_mean", "image_std")}
-        settings |= {"vision_config": vision_config, "video_processor": frames}
-        settings = json.dumps(settings, sort_keys=True, default=str)
-        versions = (settings, _sample(tensors), *((name, _version(t), t.dtype) for name, t in tensors.items()))
-        if versions != self._versions:  # hashing the weights takes seconds
-            digest = hashlib.sha256(settings.encode())
-            for name, tensor in sorted(tensors.items()):
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-            self._versions, self._fingerprint = versions, digest.hexdigest()
-        return self._fingerprint
+        if not self._is_reader():
+            return self._fingerprint.update()
+        if not self._fingerprint.value:
+            raise RuntimeError(_NOT_PREPARED)
+        return self._fingerprint.value
 
     def _is_reader(self) -> bool:
         """Whether this process has no vision tower that it can use."""
@@ -251,17 +215,3 @@ class FrozenVisionFeatures:
 
 def _is_url(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
-
-
-def _version(tensor: torch.Tensor) -> tuple[int, int]:
-    """The address and the number of changes of a tensor; PyTorch does not count those of inference tensors."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
-
-def _sample(tensors: dict[str, torch.Tensor]) -> bytes:
-    """A few values of a few tensors.
-
-    Writing through `.data` does not count as a change, and new tensors may get the address of earlier ones.
-    """
-    some = [tensor.detach().flatten() for tensor in list(tensors.values())[:: max(1, len(tensors) // 8)]]
-    return torch.cat([values[:: max(1, len(values) // 8)].double() for values in some]).cpu().numpy().tobytes()
