@@ -7,6 +7,7 @@ Writes weights, processor and a model card that lists the model's questions and 
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 
 from make_videos import QUESTIONS
@@ -14,6 +15,11 @@ from transformers import AutoModel, AutoProcessor
 
 import transformers_ma2mba  # noqa: F401  registers the classes
 
+ACCURACY = (
+    "It was trained on clips of 8 to 20 seconds, and then on films of 8 seconds to two hours. Accuracy on questions "
+    "about films that it has not seen, asked one by one: {counts}. The most frequent answer alone gets at most "
+    "{guessing:.2f} of a kind right."
+)
 COLUMNS = {"validation": "clips", "long": "films of 80 seconds", "hours": "films of two hours"}
 CARD = """\
 ---
@@ -30,9 +36,7 @@ parameters, sees frames of {size} x {size} pixels once a second, and was made by
 
 {questions}
 
-It was trained on clips of 8 to 20 seconds, and then on films of 8 seconds to two hours. Accuracy on questions about
-films that it has not seen, asked one by one: {counts}. The most frequent answer alone gets at most {guessing:.2f} of a
-kind right.
+{accuracy}
 
 {table}
 
@@ -55,14 +59,17 @@ def main():
         f"| {kind} |" + "".join(f" {result[kind]['accuracy']:.3f} |" for result in columns.values())
         for kind in results["validation"]
     ]
+    accuracy = ACCURACY.format(
+        counts=", ".join(f"{result['all']['questions']} about {title}" for title, result in columns.items()),
+        guessing=max(kind["guessing"] for kind in results["validation"].values()),
+    )
     card = CARD.format(
         parameters=f"{model.num_parameters() / 1e6:.2f}M",
         size=model.config.vision_config.image_size,
         questions="\n".join(
             f"- {question} ({', '.join(choices[:-1])} or {choices[-1]})" for question, choices in QUESTIONS.values()
         ),
-        counts=", ".join(f"{result['all']['questions']} about {title}" for title, result in columns.items()),
-        guessing=max(kind["guessing"] for kind in results["validation"].values()),
+        accuracy=textwrap.fill(accuracy, width=119),
         table="\n".join([f"| kind | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns), *rows]),
     )
     model.save_pretrained(args.output_dir)
