@@ -26,7 +26,7 @@ def evaluate(qa, path: Path) -> dict[str, dict[str, float]]:
             [message["content"][-1]["text"] for message in messages if message["role"] == role]
             for role in ("user", "assistant")
         )
-        given = qa(video=str(path.parent / row["video"]), question=questions)
+        given = qa.watch(str(path.parent / row["video"]), progress=False).ask(questions)
         for kind, right, entry in zip(row.get("kinds", [""] * len(questions)), expected, given, strict=True):
             answers[kind].append((right, entry["answer"]))
     results = {}
