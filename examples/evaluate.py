@@ -53,7 +53,9 @@ def main():
     parser.add_argument("files", type=Path, nargs="+")
     args = parser.parse_args()
     qa = pipeline("video-question-answering", model=args.model)
-    results = {path.stem: evaluate(qa, path) for path in args.files}
+    stems = Counter(path.stem for path in args.files)
+    names = [path.stem if stems[path.stem] == 1 else str(path) for path in args.files]
+    results = {name: evaluate(qa, path) for name, path in zip(names, args.files, strict=True)}
     if args.output_file:
         args.output_file.write_text(json.dumps(results, indent=1) + "\n")
 
