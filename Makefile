@@ -1,5 +1,5 @@
 # make demo          install, write films, train on them, print the accuracy, answer questions about one film
-# make day           train the demo's model on with films of up to 24 hours, and print the accuracy
+# make day           after `make demo`: train its model on films of up to 24 hours, and print the accuracy
 # make test          install, run the tests
 # make test-kernels  run mamba-ssm's kernels too, in Triton's interpreter: no GPU is needed
 # make quality       check style and lint; `make style` corrects them where it can

@@ -1,7 +1,7 @@
 """The recurrent state over a long film: its norm, the half-life of each head's memory, and the limits of both.
 
     python benchmarks/state.py                    # after `make demo`; two minutes on one core
-    python benchmarks/state.py --hours 2 8 24     # and films of a day; ten minutes
+    python benchmarks/state.py --hours 2 4 8 24   # and films of a day; ten minutes
     python benchmarks/state.py --plot_only        # draw and tabulate the results again
 
 Three models are compared: the one before its training, the one of the demo's first stage, trained on clips of 8 to 20
