@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "checkpoints": set(),
 }
 # The face's modules that import a wing, where not all may, and its modules that a wing may import.
-IMPORTED_BY = {"checkpoints": {"__init__", "auto", "command_line"}}
+IMPORTED_BY = {"checkpoints": {"__init__", "auto", "weights"}}
 FACE_BELOW = {
     "data": {"modeling_ma2mba", "processing_ma2mba"},
     "checkpoints": {"configuration_ma2mba", "modeling_ma2mba", "processing_ma2mba", "video_processing_ma2mba"},
