@@ -89,6 +89,24 @@ def test_a_language_model_comes_back_bit_by_bit(tmp_path, layout, tie, dtype):
     assert same_bits(load_file(tmp_path / "again" / "model.safetensors"), named)
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_the_vision_encoder_loads_alone_and_builds_a_model_again(tmp_path, kind):
+    original.write_original(tmp_path / "mamba2", config := original.settings(), original.weights(config))
+    write_encoder(tmp_path / "encoder", kind, random_weights(vision_shapes(kind, 3)))
+    save(tmp_path / "other")
+    build_model(tmp_path / "mamba2", tmp_path / "encoder", tmp_path / "built", tokenizer=tmp_path / "other")
+    export_model(tmp_path / "built", tmp_path / "vision", "vision")
+
+    tower = AutoModel.from_pretrained(tmp_path / "built").model.vision_tower
+    alone, report = type(tower).from_pretrained(tmp_path / "vision", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert alone.config.architectures == [type(tower).__name__]
+    assert same_bits(dict(alone.state_dict()), dict(tower.state_dict()))
+    build_model(tmp_path / "mamba2", tmp_path / "vision", tmp_path / "again", tokenizer=tmp_path / "other")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("built", "again"))
+    assert same_bits(first, second)
+
+
 # The authors' layout
 
 

@@ -30,6 +30,7 @@ LAYOUTS = {
     "transformers": "the language model, for Mamba2ForCausalLM",
     "original": "the language model, as state-spaces/mamba2-* are published",
     "published": "the whole model, as its authors publish theirs",
+    "vision": "the vision encoder, for CLIPVisionModel or SiglipVisionModel",
 }
 # Written by a tokenizer, whatever its class. `tokenizer_config.json` names the processor; both work with it alone.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -82,6 +83,9 @@ def export_model(
     with new_folder(output) as folder:
         if layout == "published":
             _write_published(folder, config, planned, vision_tower, max_shard_size)
+        elif layout == "vision":
+            _write_vision(folder, config, planned, max_shard_size)
+            return
         else:
             language = {_stock_name(name): tensor for name, tensor in planned.items() if _stock_name(name)}
             if layout == "original":
@@ -108,6 +112,15 @@ def _write_transformers(folder: Path, source: Path, config: Ma2mbaConfig, langua
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
     write_safetensors(folder, language, max_shard_size)
+
+
+def _write_vision(folder: Path, config: Ma2mbaConfig, planned: dict, max_shard_size: int):
+    prefix, vision_config = "model.vision_tower.", config.vision_config
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in planned.items() if name.startswith(prefix)}
+    vision_config.architectures = [type(empty_model(config, torch.float32).model.vision_tower).__name__]
+    vision_config.dtype = next(iter(tensors.values())).info.dtype
+    vision_config.save_pretrained(folder)
+    write_safetensors(folder, tensors, max_shard_size)
 
 
 def _write_original(folder: Path, text_config: PreTrainedConfig, language: dict):
