@@ -1,5 +1,6 @@
 # make demo          install, write films, train on them, print the accuracy, answer questions about one film
 # make day           after `make demo`: train its model on films of up to 24 hours, and print the accuracy
+# make stages        after `make demo`: the paper's three stages in small, and without stage 1.5
 # make test          install, run the tests
 # make test-kernels  run mamba-ssm's kernels too, in Triton's interpreter: no GPU is needed
 # make quality       check style and lint; `make style` corrects them where it can
@@ -7,10 +8,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
+STAGES ?= stages
 SEED ?= 0
 BIN := $(VENV)/bin
 
-.PHONY: demo day test test-kernels quality style default-checkpoint
+.PHONY: demo day stages test test-kernels quality style default-checkpoint
 
 # One process with one thread for each core: models this small lose more than they gain by sharing an operation among
 # threads. `--multi_gpu` is accelerate's name for several processes, on CPUs too.
@@ -74,6 +76,26 @@ day: $(VENV)/.installed
 		--train_file $(DEMO)/day/train_hours.json --keep_features $(DEMO)/day/features
 	OMP_NUM_THREADS=1 $(BIN)/python examples/evaluate.py --model $(DEMO)/day/model --output_file $(DEMO)/day/accuracy.json \
 		$(DEMO)/data/validation.json $(DEMO)/data/long.json $(DEMO)/data/hours.json $(DEMO)/day/hours.json
+
+# A language model and a vision encoder that have learned from clips, in the layouts of published ones, with a new
+# projector between them. Each training starts from the model of the one before.
+STAGE = $(LAUNCH) examples/train.py examples/recipes/tiny_$(1).yaml --seed $(SEED) \
+	--model_name_or_path $(STAGES)/$(2) --train_file $(STAGES)/data/$(3) --output_dir $(STAGES)/$(4)
+
+stages: $(VENV)/.installed
+	$(BIN)/python examples/make_stages.py --output_dir $(STAGES)/data --seed $(SEED)
+	$(BIN)/transformers-ma2mba export $(DEMO)/clips --output $(STAGES)/mamba2 --layout original
+	$(BIN)/transformers-ma2mba export $(DEMO)/clips --output $(STAGES)/encoder --layout vision
+	$(BIN)/transformers-ma2mba build --language_model $(STAGES)/mamba2 --vision_model $(STAGES)/encoder \
+		--output $(STAGES)/built
+	$(call STAGE,stage1,built,stage1.json,stage1)
+	$(call STAGE,stage1_5,stage1,stage1_5/segments.jsonl,stage1_5)
+	$(call STAGE,stage2,stage1_5,stage2,stage2)
+	$(call STAGE,stage2,stage1,stage2,without_stage1_5)
+	for model in stage2 without_stage1_5; do \
+		OMP_NUM_THREADS=1 $(BIN)/python examples/evaluate.py --model $(STAGES)/$$model \
+			--output_file $(STAGES)/$$model.json $(STAGES)/data/validation.json $(STAGES)/data/test.json || exit 1; \
+	done
 
 # The model of `make demo` as the one that the task loads by default.
 default-checkpoint:
