@@ -245,7 +245,7 @@ def test_recipe_must_hold_options(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        ("demo_clips", {"keep_frames": True, "activation_checkpointing": True, "learning_rate": 1e-3}),
+        ("demo_clips", {"keep_frames": True, "activation_checkpointing": False, "learning_rate": 1e-3}),
         ("demo_minutes", {"freeze": ["vision_tower"], "tokens_per_batch": 8192, "activation_checkpointing": False}),
         ("demo_hours", {"freeze": ["vision_tower"], "tokens_per_batch": 8192, "activation_checkpointing": True}),
         ("demo_day", {"freeze": ["vision_tower"], "tokens_per_batch": 87000, "activation_checkpointing": True}),
