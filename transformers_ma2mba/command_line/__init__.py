@@ -6,7 +6,7 @@ film, and `build`, `convert` and `export` make checkpoints from published weight
 
 import argparse
 
-from . import ask, plan, weights
+from . import ask, check_data, plan, weights
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="transformers-ma2mba", description="Video-Ma²mba for Transformers.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
     plan.add(commands)
+    check_data.add(commands)
     ask.add(commands)
     weights.add_build(commands)
     weights.add_convert(commands)

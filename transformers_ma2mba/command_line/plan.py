@@ -28,6 +28,17 @@ def add(commands):
     parser.add_argument("--fps", type=above_zero, help="frames per second of film (default: the configuration's)")
     parser.add_argument("--text_tokens", type=int, default=256, help="tokens of questions and answers (default: 256)")
     parser.add_argument("--batch_size", type=count, default=1, help="films in a batch (default: 1)")
+    add_step_options(parser)
+
+    def run(options):
+        memory = training_memory(options)
+        print(json.dumps(report(options, memory), indent=2) if options.json else table(options, memory))
+
+    parser.set_defaults(run=reported(parser, run))
+
+
+def add_step_options(parser: argparse.ArgumentParser):
+    """Add the options about a training step that do not depend on its length."""
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="default: bfloat16"
     )
@@ -43,13 +54,12 @@ def add(commands):
     parser.add_argument("--memory_budget", metavar="SIZE", help='memory of the whole GPU, such as "80GiB"')
     parser.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes")
 
-    def run(options):
-        # The options have the names of the function's arguments.
-        arguments = {name: getattr(options, name) for name in estimate_training_memory.__kwdefaults__}
-        memory = estimate_training_memory(_config(options), **arguments)
-        print(json.dumps(_report(options, memory), indent=2) if options.json else _table(options, memory))
 
-    parser.set_defaults(run=reported(parser, run))
+def training_memory(options: argparse.Namespace) -> TrainingMemory:
+    """Estimate the memory of the training step that the options describe."""
+    # The options have the names of the function's arguments.
+    arguments = {name: getattr(options, name) for name in estimate_training_memory.__kwdefaults__}
+    return estimate_training_memory(_config(options), **arguments)
 
 
 def _config(options: argparse.Namespace) -> PreTrainedConfig:
@@ -59,22 +69,22 @@ def _config(options: argparse.Namespace) -> PreTrainedConfig:
     return read_config(options.model, "plan", ("ma2mba", "mamba2"))
 
 
-def _report(options: argparse.Namespace, memory: TrainingMemory) -> dict:
+def report(options: argparse.Namespace, memory: TrainingMemory) -> dict:
     """Arrange the result of `plan` for JSON, with sizes in bytes."""
     given = {name: getattr(options, name) for name in ("seconds", "batch_size", "dtype", "optimizer")}
-    report = {"model": options.preset or options.model, **given, **dataclasses.asdict(memory)}
-    report["host_total"] = sum(memory.host.values())
-    report["plan"]["extra_compute"] = memory.plan.extra_compute
+    arranged = {"model": options.preset or options.model, **given, **dataclasses.asdict(memory)}
+    arranged["host_total"] = sum(memory.host.values())
+    arranged["plan"]["extra_compute"] = memory.plan.extra_compute
     if memory.memory_budget is None:
-        del report["longest_tokens"]
+        del arranged["longest_tokens"]
     if memory.memory_budget is None or memory.frame_rate is None:
-        del report["longest_seconds"]
+        del arranged["longest_seconds"]
     if memory.bytes_with_offload is None:
-        del report["bytes_with_offload"]
-    return report
+        del arranged["bytes_with_offload"]
+    return arranged
 
 
-def _table(options: argparse.Namespace, memory: TrainingMemory) -> str:
+def table(options: argparse.Namespace, memory: TrainingMemory) -> str:
     """Arrange the result of `plan` for people."""
     length = f"{memory.tokens:,} tokens"
     if memory.frames:
