@@ -3,7 +3,14 @@
 from . import auto  # noqa: F401  registers the classes
 from .checkpoints import add_shim
 from .configuration_ma2mba import Ma2mbaConfig
-from .data import DataCollatorForVideoQA, FrozenVisionFeatures, batches_by_tokens, conversation_to_messages
+from .data import (
+    BrokenSamples,
+    DataCollatorForVideoQA,
+    FrozenVisionFeatures,
+    batches_by_tokens,
+    conversation_to_messages,
+    sample_name,
+)
 from .gradient_checkpointing import (
     CheckpointPlan,
     causal_lm_loss,
@@ -20,6 +27,7 @@ from .video import VideoReadError, iter_frames, probe, read_video
 from .video_processing_ma2mba import Ma2mbaVideoProcessor
 
 __all__ = [
+    "BrokenSamples",
     "CheckpointPlan",
     "DataCollatorForVideoQA",
     "FrozenVisionFeatures",
@@ -45,4 +53,5 @@ __all__ = [
     "plan_checkpoints",
     "probe",
     "read_video",
+    "sample_name",
 ]

@@ -1,5 +1,6 @@
 """Training data: rows of a data set to batches."""
 
+from .broken_samples import BrokenSamples, sample_name
 from .conversations import conversation_to_messages
 from .data_collator import DataCollatorForVideoQA
 from .frozen_features import FrozenVisionFeatures
