@@ -23,6 +23,7 @@ def write_video(
     rotation=0,
     hflip=False,
     faststart=False,
+    fragmented=False,
     with_sound=0.0,
     cover=False,
     file_format=None,
@@ -39,6 +40,7 @@ def write_video(
         sample_aspect_ratio: width over height of a pixel.
         rotation, hflip: counter-clockwise degrees, and then mirroring, that a player has to apply.
         faststart: whether an MP4's index comes first, so that the start of the file can be played without the rest.
+        fragmented: whether an MP4 is one of fragments, each with an index of its own.
         with_sound: seconds of silence in the film.
         cover: whether the file has a larger picture as its cover.
         options: for the encoder.
@@ -47,7 +49,8 @@ def write_video(
     tick = Fraction(1, 1000) if timestamps is not None else 1 / rate
     frames = iter(frames)
     first = next(frames)
-    with av.open(path, "w", format=file_format, options={"movflags": "faststart"} if faststart else {}) as container:
+    movflags = "faststart" if faststart else "frag_keyframe+empty_moov" if fragmented else None
+    with av.open(path, "w", format=file_format, options={"movflags": movflags} if movflags else {}) as container:
         if cover:
             picture = container.add_stream("mjpeg", rate=1)
             picture.width, picture.height, picture.pix_fmt = 640, 480, "yuvj420p"

@@ -52,8 +52,8 @@ class BrokenSamples:
     processes and later runs with the same `file` share this knowledge, and so do the worker processes of a DataLoader.
 
     Args:
-        file: a JSON Lines file to append to, `{"name", "reason", "files"}` in each line. Once it is deleted, later runs try
-            all samples again. Without `file`, a temporary file serves this process and its workers.
+        file: a JSON Lines file to append to, `{"name", "reason", "files"}` in each line. Once it is deleted, later
+            runs try all samples again. Without `file`, a temporary file serves this process and its workers.
         strict: raise an error at the first broken sample.
 
     Raises:

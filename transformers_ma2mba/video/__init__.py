@@ -2,6 +2,7 @@
 
 from .clock import Clock
 from .frames import (
+    Clip,
     EncodedFrames,
     FittedFrames,
     Picture,

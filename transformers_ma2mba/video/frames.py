@@ -1,5 +1,6 @@
 """Frames and films: which values count as a video file, a frame, the frames of one film, or a list of films."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,37 @@ from numbers import Real
 import numpy as np
 import torch
 from PIL import Image
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A part of a video file, cut out while the file is decoded.
+
+    Args:
+        source: a video file as for `iter_frames`.
+        start: the seconds at which the clip starts, 0 by default.
+        end: the seconds before which it ends; by default it goes on to the film's end.
+
+    Raises:
+        ValueError: if `start` or `end` is not a finite number of at least 0, or `end` is not above `start`.
+    """
+
+    source: object
+    start: float | None = None
+    end: float | None = None
+
+    def __post_init__(self):
+        for name, seconds in (("start", self.start), ("end", self.end)):
+            is_number = isinstance(seconds, Real) and not isinstance(seconds, bool)
+            if seconds is not None and not (is_number and 0 <= seconds < math.inf):
+                raise ValueError(f"The {name} of a clip must be a number of seconds from 0 on, got {seconds!r}.")
+        if self.end is not None and not self.end > (self.start or 0):
+            raise ValueError(f"A clip must end after its start, got {self.start or 0} to {self.end} seconds.")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the clip is the whole film."""
+        return not self.start and self.end is None
 
 
 @dataclass(frozen=True, eq=False)
