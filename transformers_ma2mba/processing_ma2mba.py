@@ -1,6 +1,7 @@
 """The processor: text, videos and images to the model's inputs, in the paper's conversation format."""
 
 import os
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from transformers.image_utils import load_image
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 
 from .configuration_ma2mba import Ma2mbaConfig
-from .video import EncodedFrames, as_list_of_videos
+from .video import Clip, EncodedFrames, as_list_of_videos
 from .video_processing_ma2mba import Ma2mbaVideoProcessor, Ma2mbaVideosKwargs
 
 # Paper, Table 5. `<|system|>`, `<|user|>` and `<|assistant|>` are ordinary text. The model learns the assistant's text
@@ -189,6 +190,17 @@ class Ma2mbaProcessor(ProcessorMixin):
             data = {**text_inputs, **data}
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["video_metadata"])
 
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """Format messages, and with `tokenize=True` convert them to the model's inputs; see Transformers.
+
+        A video block may have `start` and `end`, the seconds between which a clip is cut out of its file:
+        `{"type": "video", "path": "film.mp4", "start": 60, "end": 90.5}`.
+
+        Raises:
+            ValueError: if an image has `start` or `end`, or a clip does not end after its start.
+        """
+        return super().apply_chat_template(_with_clips(conversation), *args, **kwargs)
+
     def _check_counts(self, texts: list[str], visuals, kind: str, token: str, flatten):
         """Check that every placeholder has its video or image, sample by sample if they are nested."""
         found = [sample.count(token) for sample in texts]
@@ -294,6 +306,27 @@ def _join_encoded(videos) -> dict | None:
         "vision_features_videos": torch.cat([film.features for film in different]),
         "picture_indices_videos": torch.cat([film.picture_indices + starts[film] for film in films]),
     }
+
+
+def _with_clips(messages):
+    """Messages, or lists of messages, in which the videos of blocks with `start` or `end` are clips."""
+    if isinstance(messages, (list, tuple)):
+        return [_with_clips(item) for item in messages]
+    if not isinstance(messages, Mapping):
+        return messages
+    if not isinstance(messages.get("content"), (list, tuple)):
+        return messages
+    return {**messages, "content": [_with_clip(block) for block in messages["content"]]}
+
+
+def _with_clip(block):
+    start, end = (block.get(name) for name in ("start", "end")) if isinstance(block, Mapping) else (None, None)
+    if start is None and end is None:
+        return block
+    if block.get("type") != "video":
+        raise ValueError(f"Only a video has a start and an end, got {dict(block)!r}.")
+    source = next((block[name] for name in ("video", "url", "path") if block.get(name) is not None), None)
+    return {"type": "video", "video": Clip(source, start, end)}
 
 
 def _flat_list_of_images(images) -> list:

@@ -10,7 +10,15 @@ from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from .video import FittedFrames, as_list_of_videos, checked_frame_rate, frames_to_tensor, is_video_file, read_video
+from .video import (
+    Clip,
+    FittedFrames,
+    as_list_of_videos,
+    checked_frame_rate,
+    frames_to_tensor,
+    is_video_file,
+    read_video,
+)
 
 
 class Ma2mbaVideosKwargs(VideosKwargs, total=False):
@@ -100,12 +108,15 @@ class Ma2mbaVideoProcessor(BaseVideoProcessor):
         fps, backend = options["fps"], None
         if isinstance(video, FittedFrames):
             frames = video.pixels
-        elif is_video_file(video):
+        elif isinstance(video, Clip) or is_video_file(video):
+            clip = video if isinstance(video, Clip) else Clip(video)
             pixels, _ = read_video(
-                video,
+                clip.source,
                 frame_rate=fps,
                 transform=lambda frame: self._fit(torch.from_numpy(frame).permute(2, 0, 1), options).numpy(),
                 progress=options["progress"],
+                start=clip.start,
+                end=clip.end,
             )
             frames, backend = torch.from_numpy(pixels), "pyav"
         else:

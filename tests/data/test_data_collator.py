@@ -4,10 +4,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import random_frames, tiny_processor
+from tiny import random_frames, tiny_model, tiny_processor
 from video_files import write_index_video
 
-from transformers_ma2mba import DataCollatorForVideoQA, conversation_to_messages
+from transformers_ma2mba import (
+    BrokenSamples,
+    DataCollatorForVideoQA,
+    FrozenVisionFeatures,
+    Ma2mbaProcessor,
+    VideoReadError,
+    conversation_to_messages,
+    read_video,
+)
 
 
 def turns(*texts):
@@ -122,6 +130,212 @@ def test_rows_without_visuals(processor):
     batch = DataCollatorForVideoQA(processor)([{"conversations": turns("Who?", "red")}])
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     assert spoken(processor, batch, 0) == ["red<|endoftext|>"]
+
+
+# Clips
+
+
+def by_hand(processor, messages) -> dict:
+    """A batch of hand-made messages."""
+    batch = processor.apply_chat_template(
+        [messages], tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+    )
+    spoken = torch.as_tensor(batch.pop("assistant_masks")).bool()
+    return {**batch, "labels": torch.where(spoken, batch["input_ids"], -100)}
+
+
+@pytest.mark.parametrize("with_features", [False, True], ids=["frames", "features"])
+def test_segments_and_captions_interleave(with_features, processor, config, folder):
+    """The loss equals that of frames cut by hand, placed by hand."""
+    row = {
+        "video": ["films/long.mp4"] * 3,
+        "start": [0, 1.5, 4],
+        "end": [1.5, 3.25, 60],
+        "conversations": turns("<video>\nWho?", "A dog.", "<video>", "red <video>", "Why?<video>", "blue"),
+    }
+    frames, _ = read_video(folder / "films/long.mp4", 4)
+    cuts = [frames[[0, 4]], frames[[6, 10]], frames[[16]]]
+    expected = [
+        {"role": "user", "content": [{"type": "video", "video": cuts[0]}, {"type": "text", "text": "Who?"}]},
+        {"role": "assistant", "content": "A dog."},
+        {"role": "user", "content": [{"type": "video", "video": cuts[1]}]},
+        {"role": "assistant", "content": "red"},
+        {"role": "user", "content": [{"type": "text", "text": "Why?"}, {"type": "video", "video": cuts[2]}]},
+        {"role": "assistant", "content": "blue"},
+    ]
+    model = tiny_model(config)
+    model.model.vision_tower.requires_grad_(False)
+    features = FrozenVisionFeatures(model, processor) if with_features else None
+    actual = DataCollatorForVideoQA(processor, folder, vision_features=features)([row])
+    expected = by_hand(processor, expected)
+    assert torch.equal(actual["labels"], expected["labels"])
+    losses = []
+    for batch in (actual, expected):
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append((loss.item(), model.model.multi_modal_projector.linear_1.weight.grad.clone()))
+    assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-6) and losses[0][0] > 1
+    assert torch.allclose(losses[0][1], losses[1][1], atol=1e-6)
+
+
+def test_a_clip_in_a_chat(processor, folder):
+    block = {"type": "video", "path": str(folder / "films/long.mp4"), "start": 1, "end": 3}
+    options = dict(tokenize=True, return_dict=True, return_tensors="pt")
+    frames, _ = read_video(folder / "films/long.mp4")
+    for messages in ([{"role": "user", "content": [block]}], [[{"role": "user", "content": [block]}]]):
+        batch = processor.apply_chat_template(messages, **options)
+        assert torch.equal(batch["pixel_values_videos"], processor.video_processor(frames[1:3])["pixel_values_videos"])
+    with pytest.raises(ValueError, match="Only a video has a start and an end.*'image'"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "image", "url": "a.png", "start": 1}]}])
+    with pytest.raises(ValueError, match="end after its start, got 1 to 1"):
+        processor.apply_chat_template([{"role": "user", "content": [{**block, "end": 1}]}])
+
+
+def test_clips_of_one_film_are_kept_apart(processor, folder):
+    collator = DataCollatorForVideoQA(processor, folder, keep_frames=True)
+    film = {"video": "films/long.mp4", "conversations": turns("Who?", "red")}
+    for _ in range(2):
+        for clip, count in (({}, 5), ({"end": 2}, 2), ({"start": 1}, 4), ({"start": 1, "end": 2}, 1)):
+            assert len(collator([{**film, **clip}])["pixel_values_videos"]) == count
+
+
+# Broken samples
+
+
+def film_of_noise(folder):
+    (folder / "noise.mp4").write_bytes(b"no film" * 100)
+    (folder / "noise.png").write_bytes((folder / "picture.png").read_bytes()[:60])
+    return "noise.mp4"
+
+
+BROKEN = {
+    "missing": ({"video": "films/nowhere.mp4"}, FileNotFoundError, "There is no file .*nowhere.mp4"),
+    "missing-image": ({"image": "nowhere.png"}, FileNotFoundError, "There is no file .*nowhere.png"),
+    "no-film": ({"video": "noise.mp4"}, VideoReadError, "noise.mp4 is not a video"),
+    "no-image": ({"image": "noise.png"}, ValueError, "noise.png is not an image that can be read"),
+    "image-folder": ({"image": "films"}, ValueError, "films is a directory"),
+    "film-as-image": ({"image": "films/short.mp4"}, ValueError, "short.mp4 is not an image"),
+    "second-film": ({"video": ["films/short.mp4", "noise.mp4"]}, VideoReadError, "noise.mp4 is not a video"),
+    "late-clip": ({"video": "films/short.mp4", "start": 9}, VideoReadError, r"ends at 2.00 s.*starts at 9 s"),
+    "clip-backwards": (
+        {"video": "films/short.mp4", "start": 2, "end": 1},
+        ValueError,
+        "end after its start, got 2 to 1",
+    ),
+    "malformed": ({"video": 7}, ValueError, "has the video 7: give a path"),
+    "no-turns": ({"conversations": []}, ValueError, "has no `conversations`"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_row_is_left_out_and_read_once(kind, processor, folder, rows, tmp_path, monkeypatch):
+    film_of_noise(folder)
+    extra, error, message = BROKEN[kind]
+    bad = {"id": "bad", "conversations": turns("Who?", "red"), **extra}
+    with pytest.raises(error, match=f"(?s)Row bad.*{message}"):
+        DataCollatorForVideoQA(processor, folder)([rows[0], bad])
+    with pytest.raises(ValueError, match=f"(?s)Sample bad.*{message}"):
+        DataCollatorForVideoQA(processor, folder, broken_samples=BrokenSamples(strict=True))([bad])
+
+    collator = DataCollatorForVideoQA(processor, folder, broken_samples=BrokenSamples(tmp_path / "broken.jsonl"))
+    with pytest.warns(UserWarning, match=f"(?s)Sample bad.* is left out: .*{message}"):
+        batch = collator([rows[0], bad])
+    expected = DataCollatorForVideoQA(processor, folder)(rows[:1])
+    assert torch.equal(plain_ids(batch, 0), expected["input_ids"])
+    assert torch.equal(batch["pixel_values_videos"], expected["pixel_values_videos"])
+    assert spoken(processor, batch, 0) == spoken(processor, expected, 0)
+    assert (batch["labels"][1] == -100).all() and len(batch["labels"]) == 2
+    assert len(collator.broken_samples) == 1 and "bad" in collator.broken_samples.summary()
+
+    def fail(*args, **kwargs):
+        raise AssertionError("read again")
+
+    monkeypatch.setattr("transformers_ma2mba.video_processing_ma2mba.read_video", fail)
+    monkeypatch.setattr("transformers_ma2mba.data.data_collator.read_image", fail)
+    later = DataCollatorForVideoQA(processor, folder, broken_samples=BrokenSamples(tmp_path / "broken.jsonl"))
+    for known in (collator, later):
+        assert (known([bad])["labels"] == -100).all()
+    strict = BrokenSamples(tmp_path / "broken.jsonl", strict=True)
+    with pytest.raises(ValueError, match=f"(?s)Sample bad.*{message}"):
+        DataCollatorForVideoQA(processor, folder, broken_samples=strict)([bad])
+
+
+def test_a_replaced_file_and_a_mended_row_are_read(processor, folder, tmp_path):
+    broken = BrokenSamples()
+    collator = DataCollatorForVideoQA(processor, tmp_path, broken_samples=broken)
+    film = {"id": 1, "video": "a.mp4", "conversations": turns("Who?", "red")}
+    text = {"id": 2, "conversations": turns("Who?", None)}
+    with pytest.warns(UserWarning):
+        assert (collator([film, text])["labels"] == -100).all()
+    (tmp_path / "a.mp4").write_bytes((folder / "films/short.mp4").read_bytes())
+    text["conversations"] = turns("Who?", "red")
+    batch = collator([film, text])
+    assert [spoken(processor, batch, row) for row in (0, 1)] == [["red<|endoftext|>"]] * 2
+
+
+def test_errors_of_the_machine_are_not_the_samples(processor, folder, rows, tmp_path, monkeypatch):
+    for error in (
+        MemoryError(),
+        KeyboardInterrupt(),
+        OSError(24, "Too many open files"),
+        OSError(28, "No space left"),
+    ):
+
+        def fail(*args, error=error, **kwargs):
+            raise error
+
+        for name in ("video_processing_ma2mba.read_video", "data.images.load_image"):
+            monkeypatch.setattr(f"transformers_ma2mba.{name}", fail)
+        broken = BrokenSamples()
+        for row in rows[1:]:
+            with pytest.raises(type(error)):
+                DataCollatorForVideoQA(processor, folder, broken_samples=broken)([row])
+        assert len(broken) == 0
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "ma-gc"])
+def test_a_batch_of_broken_rows_costs_and_teaches_nothing(checkpointed, processor, config):
+    collator = DataCollatorForVideoQA(processor, broken_samples=BrokenSamples())
+    with pytest.warns(UserWarning):
+        batch = collator(
+            [{"id": number, "video": "nowhere.mp4", "conversations": turns("a", "b")} for number in (1, 2)]
+        )
+    assert set(batch) == {"input_ids", "attention_mask", "labels"} and batch["labels"].shape[1] < 40
+    model = tiny_model(config).train()
+    if checkpointed:
+        model.gradient_checkpointing_enable({"layer_interval": 1, "sequence_interval": 8})
+    for num_items_in_batch in (None, torch.tensor(0), 0, torch.tensor(7)):
+        model.zero_grad()
+        loss = model(**batch, num_items_in_batch=num_items_in_batch).loss
+        loss.backward()
+        assert loss.item() == 0
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        assert gradients["model.language_model.layers.0.mixer.in_proj.weight"] is not None
+        assert not any(grad.any() for grad in gradients.values() if grad is not None)  # NaN counts as true
+
+
+def test_text_of_placeholders_is_no_placeholder(processor, folder):
+    """Neither in answers, nor in pieces that another placeholder keeps apart."""
+    row = {
+        "video": "films/short.mp4",
+        "conversations": turns("<video>What does <vid<video>eo> mean, <ima<ima<image>ge>ge>?", "It is a <video> tag."),
+    }
+    batch = DataCollatorForVideoQA(processor, folder)([row])
+    assert (batch["input_ids"] == processor.video_token_id).sum() == 2 * processor.tokens_per_frame
+    assert spoken(processor, batch, 0) == ["It is a  tag.<|endoftext|>"]
+
+
+def test_placeholders_of_another_tokenizer(config, folder):
+    tokenizer = tiny_processor(config).tokenizer
+    tokenizer.add_tokens(["[film]"], special_tokens=True)
+    other = tiny_processor(config)
+    processor = Ma2mbaProcessor(
+        tokenizer, other.video_processor, tokens_per_frame=other.tokens_per_frame, video_token="[film]"
+    )
+    row = {"video": "films/short.mp4", "conversations": turns("<video>Who?", "The [film] says [fi[film]lm].")}
+    batch = DataCollatorForVideoQA(processor, folder)([row])
+    assert (batch["input_ids"] == processor.video_token_id).sum() == 2 * processor.tokens_per_frame
 
 
 # Rows to messages

@@ -8,12 +8,18 @@ from functools import cache
 from numbers import Real
 
 from ..processing_ma2mba import Ma2mbaProcessor
-from ..video import iter_frames, probe
-from .conversations import conversation_to_messages
+from ..video import VideoReadError, iter_frames, probe
+from .broken_samples import BrokenSamples, sample_name
+from .conversations import conversation_to_messages, files_in
 
 
 def batches_by_tokens(
-    rows: list[dict], processor: Ma2mbaProcessor, max_tokens: int, folder: str | os.PathLike = "", seed: int = 0
+    rows: list[dict],
+    processor: Ma2mbaProcessor,
+    max_tokens: int,
+    folder: str | os.PathLike = "",
+    seed: int = 0,
+    broken_samples: BrokenSamples | None = None,
 ) -> list[list[dict]]:
     """Group rows of any length into batches of at most `max_tokens` tokens, padding included.
 
@@ -22,11 +28,14 @@ def batches_by_tokens(
 
     Args:
         rows: rows as for [`conversation_to_messages`]. The length of a video is its row's `duration` in seconds, or
-            else (missing, None or 0) that of its file. A duration below the file's makes batches too large.
+            else (missing, None or 0) that of its file; that of a clip is at most `end` minus `start`. A duration below
+            the file's makes batches too large.
         processor: its frame rate, frame size and tokenizer apply.
         max_tokens: the most tokens of a batch. A row with more is a batch of its own.
         folder: the folder of relative paths.
         seed: rows of almost the same length are together by chance; the same seed gives the same batches.
+        broken_samples: leaves out rows that are malformed, or whose length is that of a file that cannot be read, and
+            remembers them. Without it, they are errors.
 
     Raises:
         ValueError: if `max_tokens` is not above 0, a row or its duration is malformed, or the file of a video cannot
@@ -34,9 +43,8 @@ def batches_by_tokens(
     """
     if not max_tokens >= 1:
         raise ValueError(f"max_tokens must be above 0, got {max_tokens}.")
-    generator, rows = random.Random(seed), list(rows)
-    seconds_of_file = cache(_seconds_of_file)  # many rows may ask about one film
-    lengths = [_count_tokens(row, processor, folder, seconds_of_file) for row in rows]
+    generator = random.Random(seed)
+    rows, lengths = _with_lengths(rows, processor, folder, broken_samples)
     order = sorted(range(len(rows)), key=lambda i: lengths[i] * math.exp(generator.gauss(0, 0.1)))
     batches, longest = [], 0
     for i in order:
@@ -49,6 +57,25 @@ def batches_by_tokens(
     return batches
 
 
+def _with_lengths(rows, processor, folder, broken_samples: BrokenSamples | None) -> tuple[list[dict], list[int]]:
+    """The rows that are not broken, and the number of tokens of each."""
+    seconds_of_file = cache(_seconds_of_file)  # many rows may ask about one film
+    kept, lengths = [], []
+    for row in rows:
+        # A row that training has found to be broken stays: a run that is resumed needs the same batches again.
+        try:
+            lengths.append(_count_tokens(row, processor, folder, seconds_of_file))
+        except (ValueError, FileNotFoundError) as error:
+            if broken_samples is None:
+                raise
+            unreadable = isinstance(error, (FileNotFoundError, VideoReadError))
+            messages = conversation_to_messages(row, folder) if unreadable else []
+            broken_samples.add(sample_name(row), error, [block["path"] for block in files_in(messages)])
+        else:
+            kept.append(row)
+    return kept, lengths
+
+
 def _count_tokens(
     row: dict, processor: Ma2mbaProcessor, folder, seconds_of_file: Callable[[str, float], float]
 ) -> int:
@@ -56,20 +83,26 @@ def _count_tokens(
     messages = conversation_to_messages(row, folder)
     text = processor.apply_chat_template(messages, tokenize=False)
     num_tokens, fps = len(processor.tokenizer(text)["input_ids"]), processor.video_processor.fps
-    for block in (block for message in messages for block in message["content"]):
+    for block in files_in(messages):
+        num_frames = 1
         if block["type"] == "video":
-            seconds = _stated_seconds(row) or seconds_of_file(block["path"], fps)
-            num_tokens += math.ceil(seconds * fps) * processor.tokens_per_frame
-        elif block["type"] == "image":
-            num_tokens += processor.tokens_per_frame
+            num_frames = math.ceil(_seconds_of(block, _stated_seconds(row), fps, seconds_of_file) * fps)
+        num_tokens += num_frames * processor.tokens_per_frame
     return num_tokens
+
+
+def _seconds_of(block: dict, stated: float | None, fps: float, seconds_of_file: Callable) -> float:
+    start, end = block.get("start") or 0, block.get("end")
+    if end is None:
+        return max((stated or seconds_of_file(block["path"], fps)) - start, 1 / fps)
+    return min(end - start, stated or math.inf)
 
 
 def _stated_seconds(row: dict) -> float | None:
     seconds = row.get("duration")
     if seconds is not None and not (isinstance(seconds, Real) and 0 <= seconds < math.inf):
         raise ValueError(
-            f"Row {row.get('id', row)!r} has the duration {seconds!r}: it must be a number of seconds, or missing."
+            f"Row {sample_name(row)} has the duration {seconds!r}: it must be a number of seconds, or missing."
         )
     return seconds
 

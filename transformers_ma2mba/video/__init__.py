@@ -12,5 +12,13 @@ from .frames import (
     is_list_of_films,
     is_video_file,
 )
-from .reader import VideoReadError, checked_frame_rate, iter_frames, probe, progress_bar, read_video
+from .reader import (
+    VideoReadError,
+    checked_frame_rate,
+    iter_frames,
+    lacks_resources,
+    probe,
+    progress_bar,
+    read_video,
+)
 from .stream import VideoStream
