@@ -367,6 +367,66 @@ def test_several_files_and_a_system_turn(tmp_path):
     assert [block["path"] for block in question["content"][:-1]] == paths
 
 
+def placed(**row) -> list[list[str]]:
+    """The paths and texts of each message."""
+    messages = conversation_to_messages(row)
+    return [[block["text"] if block["type"] == "text" else block["path"] for block in m["content"]] for m in messages]
+
+
+@pytest.mark.parametrize(
+    "files, texts, expected",
+    [
+        ({"video": "a"}, ["Who?", "A dog.", "<video>\nWhy?", "red"], [["Who?"], ["A dog."], ["a", "Why?"], ["red"]]),
+        ({"video": "a"}, ["Who?", "A dog.", "Why?\n<image>", "red"], [["Who?"], ["A dog."], ["a", "Why?"], ["red"]]),
+        ({"video": "a"}, ["<video> <video>", "red"], [["a", ""], ["red"]]),
+        ({"video": "a"}, ["Who?", "<video>"], [["a", "Who?"], [""]]),
+        ({"video": ["a", "b"]}, ["<video>Who?", "red", "<video>", "blue"], [["a", "Who?"], ["red"], ["b"], ["blue"]]),
+        ({"video": ["a", "b"]}, ["Is <image> like <image>?", "no"], [["Is", "a", "like", "b", "?"], ["no"]]),
+        ({"video": ["a", "b"]}, ["<video>Who?", "<video>"], [["a", "b", "Who?"], [""]]),
+        ({"video": ["a", "b"]}, ["Hm.", "<video>", "<video>Who?", "x"], [["a", "b", "Hm."], [""], ["Who?"], ["x"]]),
+        ({"image": ["a", "b", "c"]}, ["<image>\nWho?", "red"], [["a", "b", "c", "Who?"], ["red"]]),
+        (
+            {"image": ["a", "b"], "video": "c"},
+            ["Hm.", "x", "Is <image> in <video> or <image>?", "no"],
+            [["Hm."], ["x"], ["c", "Is", "a", "in  or", "b", "?"], ["no"]],
+        ),
+        ({"image": "a", "video": "b"}, ["<video>", "x", "<image>", "y"], [["b", ""], ["x"], ["a", ""], ["y"]]),
+        ({"image": "a", "video": "b"}, ["Who?", "x"], [["b", "a", "Who?"], ["x"]]),
+        ({}, ["<video>Who?", "<image>"], [["Who?"], [""]]),
+    ],
+)
+def test_placement(files, texts, expected):
+    assert placed(**files, conversations=turns(*texts)) == expected
+
+
+def test_clips_of_a_row():
+    row = {"video": ["a", "b"], "start": [None, 2], "end": [3.5, None], "conversations": turns("Who?", "red")}
+    first, second, _ = conversation_to_messages(row)[0]["content"]
+    assert first == {"type": "video", "path": "a", "end": 3.5} and second == {"type": "video", "path": "b", "start": 2}
+    row = {"video": "a", "start": None, "end": None, "conversations": turns("Who?", "red")}
+    assert conversation_to_messages(row)[0]["content"][0] == {"type": "video", "path": "a"}
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"video": "a", "start": [1, 2]}, r"has the start \[1, 2\], but 1 videos"),
+        ({"video": ["a", "b"], "start": 1}, "has the start 1, but 2 videos: give one number for each"),
+        ({"image": "a", "end": 1}, "has the end 1, but 0 videos"),
+        ({"video": "a", "start": "1"}, "start of a clip must be a number of seconds from 0 on, got '1'"),
+        ({"video": "a", "start": -1.5}, "start of a clip must be .*, got -1.5"),
+        ({"video": "a", "end": float("nan")}, "end of a clip must be .*, got nan"),
+        ({"video": "a", "end": True}, "end of a clip must be .*, got True"),
+        ({"video": "a", "start": 3, "end": 2}, "must end after its start, got 3 to 2 s"),
+        ({"conversations": "Who?"}, "has the conversations 'Who.': give a list"),
+        ({"conversations": [{"from": ["human"], "value": "Who?"}]}, "has the turn .*`from` must be human or gpt"),
+    ],
+)
+def test_bad_clips_and_turns(row, message):
+    with pytest.raises(ValueError, match=f"Row 7.*{message}"):
+        conversation_to_messages({"id": 7, "conversations": turns("Who?", "red"), **row})
+
+
 @pytest.mark.parametrize(
     "row, message",
     [

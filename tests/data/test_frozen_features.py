@@ -1,5 +1,6 @@
 """Features of a frozen vision tower: equal to those of the frames, kept once, never stale, in little memory."""
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from comparison import assert_same
+from safetensors import safe_open
 from tiny import lora, random_frames, tiny_config, tiny_model, tiny_processor
 from transformers import AutoModel, AutoProcessor
 from video_files import write_video
 
-from transformers_ma2mba import DataCollatorForVideoQA, FrozenVisionFeatures, conversation_to_messages
+from transformers_ma2mba import BrokenSamples, DataCollatorForVideoQA, FrozenVisionFeatures, conversation_to_messages
 
 ROW = [{"from": "human", "value": "Who opens the door?"}, {"from": "gpt", "value": "red"}]
 
@@ -367,6 +369,85 @@ def test_prepare_leaves_out_urls(model, processor, film, tmp_path, monkeypatch):
     assert calls == []
 
 
+def test_clips_are_kept_apart(model, processor, film, tmp_path, monkeypatch):
+    for folder in (None, tmp_path / "kept"):
+        features = FrozenVisionFeatures(model, processor, folder)
+        whole = features(film)
+        everything = whole.features[whole.picture_indices]
+        for start, end in [(0, 2), (2, 4), (3.0, None), (None, 1)]:
+            clip = features(film, start, end)
+            assert_same([clip.features[clip.picture_indices]], [everything[int(start or 0) : end]], tolerance=1e-6)
+        calls = count_encoded(features, monkeypatch)
+        for start, end in [(0, 2), (2, 4), (3, None), (0.0, 1.0), (0, None)]:
+            features(film, start, end)
+        assert calls == []
+    assert len(list((tmp_path / "kept").iterdir())) == 5
+
+
+def test_features_of_whole_films_from_earlier_versions_are_used(model, processor, film, tmp_path):
+    """Their key has no clip."""
+    FrozenVisionFeatures(model, processor, tmp_path / "kept")(film)
+    (file,) = (tmp_path / "kept").iterdir()
+    with safe_open(file, "pt") as kept:
+        key = json.loads(kept.metadata()["key"])
+    assert set(key) == {"path", "size", "mtime_ns", "format", "frame_rate", "vision"}
+
+
+def broken_rows(film, folder) -> list[dict]:
+    (folder / "noise.mp4").write_bytes(b"no film")
+    return [
+        {"id": "whole", "video": str(film), "conversations": ROW},
+        {"id": "clip", "video": "film.mp4", "start": 2, "end": 4, "conversations": ROW},
+        {"id": "late", "video": "film.mp4", "start": 200, "conversations": ROW},
+        {"id": "missing", "video": "nowhere.mp4", "conversations": ROW},
+        {"id": "noise", "video": ["film.mp4", "noise.mp4"], "conversations": ROW},
+        {"id": "malformed", "video": "film.mp4", "conversations": []},
+        {"id": "image", "image": "no.png", "conversations": ROW},
+    ]
+
+
+def test_prepare_takes_rows_and_leaves_out_broken_ones(model, processor, film, tmp_path, monkeypatch):
+    rows, features = broken_rows(film, tmp_path), FrozenVisionFeatures(model, processor, tmp_path / "kept")
+    with pytest.raises((FileNotFoundError, ValueError)):
+        features.prepare(rows, tmp_path)
+    broken = BrokenSamples(tmp_path / "broken.jsonl")
+    with pytest.warns(UserWarning, match="Sample noise is left out: .*noise.mp4 is not a video"):
+        features.prepare(rows, tmp_path, broken)
+    assert len(broken) == 4 and broken.reason("late, start 200", [film])
+    assert len(list((tmp_path / "kept").iterdir())) == 2  # the whole film and the clip
+    calls = count_encoded(features, monkeypatch)
+    features.prepare(rows, tmp_path, broken)
+    # A worker process that cannot encode does not meet a film that is not kept.
+    worker = pickle.loads(pickle.dumps(DataCollatorForVideoQA(processor, tmp_path, False, features, broken)))
+    batch = worker(rows[:6])
+    assert calls == [] and [bool((labels != -100).any()) for labels in batch["labels"]] == [True] * 2 + [False] * 4
+    with pytest.raises(ValueError, match="Sample .* cannot be read"):
+        features.prepare(rows, tmp_path, BrokenSamples(tmp_path / "broken.jsonl", strict=True))
+
+
+def test_a_full_disk_is_no_broken_sample(model, processor, film, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    broken, features = BrokenSamples(), FrozenVisionFeatures(model, processor, tmp_path / "kept")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="could not be written"):
+        DataCollatorForVideoQA(processor, vision_features=features, broken_samples=broken)(rows_of(film))
+    with pytest.raises(OSError, match="could not be written"):
+        features.prepare(rows_of(film), broken_samples=broken)
+    assert len(broken) == 0
+
+
+def test_a_path_that_cannot_be_one_is_a_broken_sample(model, processor, film):
+    broken = BrokenSamples()
+    collator = DataCollatorForVideoQA(
+        processor, vision_features=FrozenVisionFeatures(model, processor), broken_samples=broken
+    )
+    for path in (f"{film}/a.mp4", "a" * 5000, "nul\0.mp4"):
+        with pytest.warns(UserWarning, match="left out"):
+            assert (collator([{"id": path[-9:], "video": path, "conversations": ROW}])["labels"] == -100).all()
+
+
 # Several processes
 
 
@@ -399,7 +480,7 @@ def test_a_worker_process_does_not_use_a_vision_tower_elsewhere(model, processor
         FrozenVisionFeatures(model, processor, tmp_path / "kept")(film)
 
 
-def prepare_in_process(rank, folder, paths, seconds, results):
+def prepare_in_process(rank, folder, paths, seconds, results, broken=False):
     """Prepare films in one of two processes, the second of which takes some time."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=1)
@@ -409,19 +490,23 @@ def prepare_in_process(rank, folder, paths, seconds, results):
     features = FrozenVisionFeatures(model, tiny_processor(model.config), Path(folder) / "kept")
     encode = features._encode
     features._encode = lambda path: (time.sleep(seconds * rank), encode(path))[1]
+    broken_samples = BrokenSamples() if broken else None
     try:
-        features.prepare(paths)
-        results.put((rank, None))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            features.prepare(paths, folder, broken_samples)
+        results.put((rank, broken_samples.summary() if broken else None))
     except Exception as error:
         results.put((rank, f"{type(error).__name__}: {error}"))
 
 
-def prepare_in_two_processes(folder, paths, seconds=0) -> dict:
-    """The error of each process, or None."""
+def prepare_in_two_processes(folder, paths, seconds=0, broken=False) -> dict:
+    """The error of each process, or None, or its broken samples."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     processes = [
-        context.Process(target=prepare_in_process, args=(rank, folder, paths, seconds, results)) for rank in (0, 1)
+        context.Process(target=prepare_in_process, args=(rank, folder, paths, seconds, results, broken))
+        for rank in (0, 1)
     ]
     for process in processes:
         process.start()
@@ -442,6 +527,12 @@ def test_a_failure_reaches_the_process_that_waits(film, tmp_path):
     errors = prepare_in_two_processes(tmp_path, [film, tmp_path / "nowhere.mp4"])
     assert errors[1].startswith("FileNotFoundError") and "nowhere.mp4" in errors[1]
     assert errors[0].startswith("RuntimeError: Process 1 could not encode its films") and "nowhere.mp4" in errors[0]
+
+
+def test_every_process_hears_of_broken_samples(film, tmp_path):
+    first, second = prepare_in_two_processes(tmp_path, broken_rows(film, tmp_path), broken=True).values()
+    assert sorted(first.splitlines()) == sorted(second.splitlines()) and first.startswith("4 broken samples")
+    assert len(list((tmp_path / "kept").iterdir())) == 2
 
 
 def test_generate_answers_from_kept_features(model, processor, film):

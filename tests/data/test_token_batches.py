@@ -1,12 +1,14 @@
 """Batches by tokens: every row once, none too large, the same for the same seed."""
 
+import warnings
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config, tiny_processor
 from video_files import write_index_video
 
-from transformers_ma2mba import DataCollatorForVideoQA, batches_by_tokens
+from transformers_ma2mba import BrokenSamples, DataCollatorForVideoQA, batches_by_tokens
 from transformers_ma2mba.data import token_batches
 from transformers_ma2mba.video import probe
 
@@ -66,6 +68,51 @@ def test_bad_values_are_named():
             batches_by_tokens([row_of(seconds, 3)], PROCESSOR, 10)
     with pytest.raises(ValueError, match="A row must be a dictionary with `conversations`, got 'film.mp4'"):
         batches_by_tokens(["film.mp4"], PROCESSOR, 10)
+
+
+def test_a_clip_counts_as_long_as_it_is(tmp_path):
+    write_index_video(tmp_path / "film.mp4", 160, fps=4, preset="ultrafast")
+    film = {"video": "film.mp4", "conversations": row_of(0)["conversations"]}
+    clips = [{"start": 3, "end": 5.5}, {"start": 38}, {"end": 4}, {"start": 30, "end": 90, "duration": 10}]
+    clips.append({"video": ["film.mp4"] * 2, "start": [0, 39], "end": [2, None]})
+    collator = DataCollatorForVideoQA(PROCESSOR, tmp_path)
+    for clip in clips:
+        row = film | clip
+        length = collator([row])["input_ids"].numel()
+        # The placeholder of a video counts, too.
+        assert batches_by_tokens([row, row], PROCESSOR, 2 * (length + 2), folder=tmp_path) == [[row, row]]
+        assert len(batches_by_tokens([row, row], PROCESSOR, 2 * length - 1, folder=tmp_path)) == 2
+
+
+def test_broken_rows_are_left_out(tmp_path):
+    (tmp_path / "noise.mp4").write_bytes(b"no film")
+    turns, good = row_of(0)["conversations"], row_of(3)
+    bad = [
+        {"id": "missing", "video": "nowhere.mp4", "conversations": turns},
+        {"id": "noise", "video": "noise.mp4", "conversations": turns},
+        {"id": "malformed", "conversations": []},
+        {"id": "duration", "video": "none.mp4", "duration": -1, "conversations": turns},
+    ]
+    broken, num_warnings = BrokenSamples(tmp_path / "broken.jsonl"), []
+    for _ in range(2):  # the second time stands for a run that goes on
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert batches_by_tokens([*bad, good], PROCESSOR, 100, tmp_path, broken_samples=broken) == [[good]]
+        num_warnings.append(len(caught))
+    assert num_warnings == [4, 0] and len(broken) == 4
+    assert broken.reason("noise", [tmp_path / "noise.mp4"])
+    mended = {**bad[3], "duration": 4}
+    assert batches_by_tokens([mended], PROCESSOR, 100, tmp_path, broken_samples=broken) == [[mended]]
+    assert broken.reason("duration", [tmp_path / "none.mp4"]) is None  # so that the collator reads it
+
+
+def test_a_row_that_broke_in_training_stays_in_its_batch(tmp_path):
+    """A run that is resumed has the same batches."""
+    broken, rows = BrokenSamples(), [row_of(3, number) for number in range(5)]
+    with pytest.warns(UserWarning):
+        broken.add("2", "cannot be decoded", [tmp_path / "none.mp4"])
+    batches = batches_by_tokens(rows, PROCESSOR, 100, tmp_path, broken_samples=broken)
+    assert batches == batches_by_tokens(rows, PROCESSOR, 100, tmp_path)
 
 
 def test_rows_may_come_from_a_generator():
