@@ -6,12 +6,11 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from functools import partial
 
 from transformers import AutoProcessor
 
 from ..configuration_ma2mba import PRESETS, Ma2mbaConfig
-from ..data import BrokenSamples, RowLength, check_rows, count_text_tokens, histogram, load_rows
+from ..data import BrokenSamples, RowLength, check_rows, count_text_tokens, files_in, histogram, load_rows
 from . import plan
 from .arguments import above_zero, read_config, reported
 
@@ -91,7 +90,8 @@ def _model(options: argparse.Namespace) -> tuple[Ma2mbaConfig, Callable[[list[di
         return Ma2mbaConfig.from_preset(options.preset), lambda messages: 0
     config = read_config(options.model, "check-data", ("ma2mba",))
     processor = AutoProcessor.from_pretrained(options.model)
-    return config, partial(count_text_tokens, processor)
+    # A placeholder stands for each file in the text.
+    return config, lambda messages: count_text_tokens(processor, messages) - len(files_in(messages))
 
 
 def _step(options: argparse.Namespace, config: Ma2mbaConfig, longest: RowLength) -> argparse.Namespace:

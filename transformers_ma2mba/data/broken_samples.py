@@ -113,14 +113,14 @@ class BrokenSamples:
 
     def __len__(self) -> int:
         """The number of samples that are known to be broken, also those of other processes and earlier runs."""
-        return len(self._reasons())
+        return len(self.reasons())
 
     def __bool__(self) -> bool:
         return True  # an empty collection of broken samples is not a missing one
 
     def summary(self) -> str:
         """A text for the end of training: the number of broken samples, their names and reasons."""
-        reasons = self._reasons()
+        reasons = self.reasons()
         if not reasons:
             return "No sample was left out."
         lines = [f"{len(reasons)} broken sample{' was' if len(reasons) == 1 else 's were'} left out:"]
@@ -131,7 +131,8 @@ class BrokenSamples:
             lines.append(f"{self.file} has all of them; delete it to try them again.")
         return "\n".join(lines)
 
-    def _reasons(self) -> list[tuple[str, str]]:
+    def reasons(self) -> list[tuple[str, str]]:
+        """The name of each broken sample, and the reason why it cannot be read."""
         self._read_on()
         return [
             (name, reason)

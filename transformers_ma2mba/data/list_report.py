@@ -80,7 +80,7 @@ def check_rows(
         rows: rows as for [`conversation_to_messages`]; they are read twice.
         fps: frames per second of film.
         tokens_per_frame: the tokens of a frame or an image.
-        count_text: counts the tokens of the text in the messages of a row.
+        count_text: counts the tokens of a row's messages without those of its frames.
         broken_samples: has the records that were malformed already, and gets the rows that cannot be read.
         whole: decode each film to its end, instead of its first frame only.
     """

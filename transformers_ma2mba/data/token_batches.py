@@ -81,14 +81,19 @@ def _count_tokens(
 ) -> int:
     """The number of tokens of a row, for its video as long as its row or its file says."""
     messages = conversation_to_messages(row, folder)
-    text = processor.apply_chat_template(messages, tokenize=False)
-    num_tokens, fps = len(processor.tokenizer(text)["input_ids"]), processor.video_processor.fps
+    num_tokens, fps = count_text_tokens(processor, messages), processor.video_processor.fps
     for block in files_in(messages):
         num_frames = 1
         if block["type"] == "video":
             num_frames = math.ceil(_seconds_of(block, _stated_seconds(row), fps, seconds_of_file) * fps)
         num_tokens += num_frames * processor.tokens_per_frame
     return num_tokens
+
+
+def count_text_tokens(processor: Ma2mbaProcessor, messages: list[dict]) -> int:
+    """Count the tokens of a conversation, with one placeholder for each video and image instead of their frames."""
+    text = processor.apply_chat_template(messages, tokenize=False)
+    return len(processor.tokenizer(text)["input_ids"])
 
 
 def _seconds_of(block: dict, stated: float | None, fps: float, seconds_of_file: Callable) -> float:
