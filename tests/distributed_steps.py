@@ -12,6 +12,7 @@ and after that perhaps by
 
     frozen      only Mamba-2 is trained
     kept        the vision tower is frozen, and one of the two processes has its features in place of frames
+    silent      one of the two processes has no supervised tokens, and its loss is 0
 """
 
 import argparse
@@ -43,13 +44,13 @@ def build(order: str | None, frozen: str | None = None, default=False):
 
     Args:
         order: an order of the grid, "default", "differ", or None for no checkpointing.
-        frozen: "frozen", "kept" or None, see above.
+        frozen: "frozen", "kept", "silent" or None, see above.
         default: whether the model has eight layers instead of four, for "default" and "differ".
     """
     config = tiny_config(text={"num_hidden_layers": 8 if default else 4}, frames_per_vision_pass=2)
     model = tiny_model(config, dtype=torch.float64).train()
     modules = (model.model.vision_tower, model.model.multi_modal_projector, model.get_input_embeddings())
-    for module in modules[: {"frozen": 3, "kept": 1, None: 0}[frozen]]:
+    for module in modules[: {"frozen": 3, "kept": 1}.get(frozen, 0)]:
         module.requires_grad_(False)
     if order == "default":
         model.gradient_checkpointing_enable()
@@ -68,7 +69,7 @@ def optimizer_of(model):
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-4)
 
 
-def sample(config, step, rank) -> dict:
+def sample(config, step, rank, frozen=None) -> dict:
     generator = torch.Generator().manual_seed(10 * step + rank)
     lengths = DRAWN if config.text_config.num_hidden_layers == 8 else TEXT
     text = torch.randint(2, 300, (lengths[step][rank] + ANSWER,), generator=generator)
@@ -76,7 +77,7 @@ def sample(config, step, rank) -> dict:
     placeholders = torch.full((frames * config.tokens_per_frame,), config.video_token_id)
     input_ids = torch.cat([text[:-ANSWER], placeholders, text[-ANSWER:]])
     labels = input_ids.clone()
-    labels[:-ANSWER] = -100
+    labels[: None if frozen == "silent" and rank == step % 2 else -ANSWER] = -100
     inputs = {"input_ids": input_ids[None], "labels": labels[None]}
     if frames:
         inputs["pixel_values_videos"] = random_pixels(frames, seed=10 * step + rank)
@@ -93,9 +94,9 @@ def with_kept_features(inputs: dict) -> dict:
     return inputs
 
 
-def batch(config, step) -> dict:
+def batch(config, step, frozen=None) -> dict:
     """Both samples, padded on the left."""
-    samples = [sample(config, step, rank) for rank in (0, 1)]
+    samples = [sample(config, step, rank, frozen) for rank in (0, 1)]
     return {
         "input_ids": pad_left([inputs["input_ids"] for inputs in samples], 1),
         "labels": pad_left([inputs["labels"] for inputs in samples], -100),
@@ -112,7 +113,9 @@ def one_process(frozen=None, default=False) -> dict:
     optimizer = optimizer_of(model)
     losses = []
     for step in range(len(FRAMES)):
-        loss = model(**batch(model.config, step)).loss
+        loss = model(**batch(model.config, step, frozen)).loss
+        if frozen == "silent":
+            loss = loss / 2  # the mean over the processes
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -131,7 +134,7 @@ def train(model, config, frozen, backward, step_optimizer) -> dict:
 
     hooks = [parameter.register_post_accumulate_grad_hook(count) for parameter in names]
     for step in range(len(FRAMES)):  # noqa: B007, `count` reads it
-        inputs = sample(config, step, dist.get_rank())
+        inputs = sample(config, step, dist.get_rank(), frozen)
         if frozen == "kept" and dist.get_rank() == step % 2:
             inputs = with_kept_features(inputs)
         loss = model(**inputs).loss
@@ -249,7 +252,7 @@ def run(scheme, order=None, frozen=None) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_file", required=True)
-    parser.add_argument("runs", nargs="+", help="scheme:order, or scheme:order:frozen or :kept")
+    parser.add_argument("runs", nargs="+", help="scheme:order, or scheme:order:frozen, :kept or :silent")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))

@@ -28,6 +28,8 @@ SESSIONS = {
         "fsdp2:layer-major:frozen",
         "ddp:layer-major:kept",
         "fsdp2:sequence-major:kept",
+        "ddp:layer-major:silent",
+        "fsdp2:layer-major:silent",
         "ddp:default",
         "fsdp2:default",
         "fsdp2:differ",
@@ -39,6 +41,7 @@ SESSIONS = {
         "zero3:sequence-major",
         "zero3:layer-major:frozen",
         "zero3:layer-major:kept",
+        "zero3:layer-major:silent",
         "zero1:default",
         "zero1-overlap:default",
         "zero2:default",
@@ -49,7 +52,7 @@ SESSIONS = {
     ],
 }
 
-TRAINED = ["layer-major", "sequence-major", "frozen", "kept", "default"]
+TRAINED = ["layer-major", "sequence-major", "frozen", "kept", "silent", "default"]
 
 
 def launch(*arguments):
@@ -97,6 +100,7 @@ def one_process():
             "": distributed_steps.one_process(),
             "frozen": distributed_steps.one_process("frozen"),
             "kept": distributed_steps.one_process("kept"),
+            "silent": distributed_steps.one_process("silent"),
             "default": distributed_steps.one_process(default=True),
         }
 
