@@ -9,6 +9,8 @@ from .data import (
     FrozenVisionFeatures,
     batches_by_tokens,
     conversation_to_messages,
+    load_rows,
+    rows_of,
     sample_name,
 )
 from .gradient_checkpointing import (
@@ -50,8 +52,10 @@ __all__ = [
     "disable_multi_axis_checkpointing",
     "enable_multi_axis_checkpointing",
     "iter_frames",
+    "load_rows",
     "plan_checkpoints",
     "probe",
     "read_video",
+    "rows_of",
     "sample_name",
 ]
