@@ -1,0 +1,3 @@
+"""Training with the stock Trainer: parameter groups, whole checkpoints, finite numbers, and what to log."""
+
+from .parameter_groups import parameter_groups
