@@ -1,3 +1,4 @@
 """Training with the stock Trainer: parameter groups, whole checkpoints, finite numbers, and what to log."""
 
 from .parameter_groups import parameter_groups
+from .whole_checkpoints import last_whole_checkpoint

@@ -1,4 +1,4 @@
-"""The optimizer's groups of parameters: a learning rate of their own for the vision tower, and no decay where none helps."""
+"""The optimizer's groups of parameters: the vision tower's own learning rate, and parameters without decay."""
 
 from torch import nn
 
