@@ -1,4 +1,5 @@
 """Training with the stock Trainer: parameter groups, whole checkpoints, finite numbers, and what to log."""
 
+from .finite_training import StopAtNonFinite
 from .parameter_groups import parameter_groups
 from .whole_checkpoints import last_whole_checkpoint
