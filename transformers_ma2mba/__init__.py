@@ -24,7 +24,7 @@ from .modeling_ma2mba import Ma2mbaForVideoQA, Ma2mbaModel
 from .pipeline_video_question_answering import VideoQuestionAnsweringPipeline
 from .processing_ma2mba import Ma2mbaProcessor
 from .session import StateFileError, VideoChat, VideoSession, VideoStreamError
-from .training import StopAtNonFinite, last_whole_checkpoint, parameter_groups
+from .training import StopAtNonFinite, TrainingMeter, last_whole_checkpoint, parameter_groups
 from .version import __version__
 from .video import VideoReadError, iter_frames, probe, read_video
 from .video_processing_ma2mba import Ma2mbaVideoProcessor
@@ -41,6 +41,7 @@ __all__ = [
     "Ma2mbaVideoProcessor",
     "StateFileError",
     "StopAtNonFinite",
+    "TrainingMeter",
     "VideoChat",
     "VideoQuestionAnsweringPipeline",
     "VideoReadError",

@@ -8,6 +8,7 @@ from .multi_axis import (
     disable_multi_axis_checkpointing,
     enable_multi_axis_checkpointing,
     is_multi_axis_checkpointed,
+    largest_plan,
 )
 from .plan import CheckpointPlan, plan_checkpoints
 from .sharded_modules import has_forward_hooks, is_sharded, max_over_processes, processes_in_step

@@ -51,12 +51,14 @@ class _Settings:
         plans: plans by training step.
         gathered_at_once: layers that this module told their sharding to gather at once.
         passes: number of training passes so far, which shows whether a subclass's forward method calls `super()`.
+        largest: the plan for the most tokens so far.
     """
 
     options: MultiAxisOptions
     plans: dict[TrainingStep, CheckpointPlan] = field(default_factory=dict)
     gathered_at_once: list = field(default_factory=list)
     passes: int = 0
+    largest: CheckpointPlan | None = None
 
     def plan(
         self, model: Mamba2Model, inputs: torch.Tensor, fused: bool = False, whole_output: bool = True
@@ -92,6 +94,8 @@ class _Settings:
                 plan = plan_step(model.config, step, replace(self.options, memory_budget=free))
             except ValueError:  # no plan fits, and the smallest has the best chance
                 plan = plan_step(model.config, step, replace(self.options, memory_budget="minimal"))
+        if self.largest is None or plan.num_tokens > self.largest.num_tokens:
+            self.largest = plan
         return plan
 
     def agree(self, groups: list, device: torch.device, step: TrainingStep | None, free: int | None):
@@ -244,6 +248,14 @@ def disable_multi_axis_checkpointing(model: nn.Module) -> nn.Module:
 def is_multi_axis_checkpointed(model: nn.Module) -> bool:
     """Tell whether multi-axis gradient checkpointing is enabled in a model."""
     return any("_multi_axis_checkpointing" in vars(module) for module in model.modules())
+
+
+def largest_plan(model: nn.Module) -> CheckpointPlan | None:
+    """Return the plan for the most tokens that a model has been trained on so far; None without MA-GC or training."""
+    for module in model.modules():
+        if "_multi_axis_checkpointing" in vars(module):
+            return module._multi_axis_checkpointing.largest
+    return None
 
 
 def _causal_lms_in(model: nn.Module) -> list[Mamba2ForCausalLM]:

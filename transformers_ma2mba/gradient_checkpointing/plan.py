@@ -119,6 +119,11 @@ class CheckpointPlan:
     gathered_bytes: int = 0
 
     @property
+    def num_tokens(self) -> int:
+        """Number of tokens of all samples, padding included."""
+        return self.batch_size * self.sequence_length
+
+    @property
     def num_layer_groups(self) -> int:
         """Number of cells along the layers."""
         return math.ceil(self.num_hidden_layers / self.layer_interval)

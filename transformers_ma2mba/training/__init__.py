@@ -2,4 +2,5 @@
 
 from .finite_training import StopAtNonFinite
 from .parameter_groups import parameter_groups
+from .training_meter import TrainingMeter
 from .whole_checkpoints import last_whole_checkpoint
