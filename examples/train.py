@@ -5,9 +5,12 @@
     accelerate launch examples/train.py recipe.yaml --output_dir trained
 
 Data files are lists in the LLaVA-Video format: rows of `video` (a path, relative to the list's folder) and
-`conversations`. All options of `transformers.TrainingArguments` work. `--resume_from_checkpoint last` continues the
-run in `--output_dir`, and a path continues from that checkpoint. A recipe, such as those in `examples/recipes`, holds
-options by name; options on the command line override it.
+`conversations`. All options of `transformers.TrainingArguments` work. A recipe, such as those in `examples/recipes`,
+holds options by name; options on the command line override it.
+
+A run that was killed, even while it saved, continues with `--resume_from_checkpoint last`: from the last whole
+checkpoint in `--output_dir`, to the same weights. A loss or gradient that is not finite stops the run and names the
+films it came from. TensorBoard shows the run: `tensorboard --logdir trained`.
 
 For rows of any length, from clips to films of hours, give `--tokens_per_batch`. With a frozen vision tower,
 `--keep_features` encodes each film once.
@@ -29,9 +32,17 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.integrations import get_reporting_integration_callbacks, is_tensorboard_available
 
-from transformers_ma2mba import DataCollatorForVideoQA, FrozenVisionFeatures, batches_by_tokens
+from transformers_ma2mba import (
+    DataCollatorForVideoQA,
+    FrozenVisionFeatures,
+    StopAtNonFinite,
+    TrainingMeter,
+    batches_by_tokens,
+    last_whole_checkpoint,
+    parameter_groups,
+)
 
 
 @dataclass
@@ -47,6 +58,9 @@ class Arguments:
     keep_frames: bool = field(default=False, metadata={"help": "Keep decoded frames in memory, for small data sets."})
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "Names of modules to freeze, such as `vision_tower`."}
+    )
+    vision_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision tower (default: learning_rate)."}
     )
     keep_features: str | None = field(
         default=None,
@@ -81,7 +95,17 @@ def parse_arguments(words: list[str]) -> tuple[Arguments, TrainingArguments]:
             raise ValueError(f"{words[0]} must hold options as `name: value`, got {recipe!r}.")
         options = [(name, value) for name, value in recipe.items() if value is not None]
         words = [word for name, value in options for word in (f"--{name}", *option_words(value))] + words[1:]
+    if not any(word.partition("=")[0] == "--report_to" for word in words):
+        words = ["--report_to", default_reporter(), *words]
     return HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses(words)
+
+
+def default_reporter() -> str:
+    """Return TensorBoard where it is installed."""
+    if is_tensorboard_available():
+        return "tensorboard"
+    print("TensorBoard is not installed, so that this run is logged to the terminal and trainer_state.json only.")
+    return "none"
 
 
 def option_words(value) -> list[str]:
@@ -104,6 +128,47 @@ def load_rows(path: str | None, folder: str | None) -> list[dict] | None:
 
     rows = json.loads(Path(path).read_text())
     return [{key: resolve(row[key]) if key in ("video", "image") else row[key] for key in row} for row in rows]
+
+
+def freeze(model, names: list[str]):
+    """Freeze the modules of these names.
+
+    Raises:
+        ValueError: if there is no module of a name.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        found = [path for path in modules if name in (path, path.rpartition(".")[2])]
+        if not found:
+            known = sorted({path.rpartition(".")[2] for path in modules if not path[-1:].isdecimal()} - {""})
+            raise ValueError(f"--freeze {name}: the model has no such module; it has {', '.join(known)}.")
+        for path in found:
+            modules[path].requires_grad_(False)
+
+
+def grouped_optimizer(model, training_args: TrainingArguments, vision_learning_rate: float | None):
+    """Return the optimizer's class and its options, with the model's groups of parameters among them.
+
+    Raises:
+        ValueError: if `vision_learning_rate` is given and the optimizer, such as GaLore or LOMO, makes its own groups.
+    """
+    optimizer, options = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
+    if not isinstance(optimizer, type) or {"params", "model", "optimizer_dict"} & options.keys():
+        if vision_learning_rate is not None:
+            raise ValueError(f"--vision_learning_rate has no effect on --optim {training_args.optim.value}.")
+        return optimizer, options
+    return optimizer, {**options, "params": parameter_groups(model, training_args.weight_decay, vision_learning_rate)}
+
+
+def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
+    """Return the checkpoint to go on from; None starts anew."""
+    if training_args.resume_from_checkpoint != "last":
+        return training_args.resume_from_checkpoint
+    checkpoint = last_whole_checkpoint(training_args.output_dir, training_args.world_size)
+    if training_args.process_index == 0:
+        start = f"goes on from {checkpoint}" if checkpoint else "starts anew, as no checkpoint there is whole"
+        print(f"The run in {training_args.output_dir} {start}.", flush=True)
+    return checkpoint
 
 
 def videos_of(rows: list[dict] | None) -> list[str]:
@@ -135,9 +200,7 @@ def main():
 
     model = AutoModel.from_pretrained(args.model_name_or_path)
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in args.freeze:
-            module.requires_grad_(False)
+    freeze(model, args.freeze)
 
     train_rows, validation_rows = (
         load_rows(path, args.video_folder) for path in (args.train_file, args.validation_file)
@@ -150,6 +213,9 @@ def main():
         folder = None if args.keep_features == "memory" else args.keep_features
         features = FrozenVisionFeatures(model, processor, folder)
 
+    # The meter's values reach the callbacks after it only, and the Trainer would put its reporters first.
+    reporters = [reporter() for reporter in get_reporting_integration_callbacks(training_args.report_to)]
+    training_args.report_to = []
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -159,13 +225,15 @@ def main():
         processing_class=processor,
         compute_metrics=answer_accuracy,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        optimizer_cls_and_kwargs=grouped_optimizer(model, training_args, args.vision_learning_rate),
+        callbacks=[StopAtNonFinite(), TrainingMeter(), *reporters],
     )
     if features is not None:
         trainer.add_callback(EncodeFilms(features, videos_of(train_rows) + videos_of(validation_rows)))
-    checkpoint = training_args.resume_from_checkpoint
-    if checkpoint == "last":
-        checkpoint = get_last_checkpoint(training_args.output_dir)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    except FloatingPointError as error:
+        sys.exit(str(error))
     trainer.save_model()
     trainer.save_state()
     if args.validation_file:

@@ -2,10 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from functools import partial
 
 import make_tiny_model
 import numpy as np
@@ -15,7 +15,7 @@ import train
 from safetensors.torch import load_file
 from tiny import EXAMPLES, ROOT
 from torch.testing import assert_close
-from transformers import TrainerCallback, pipeline
+from transformers import AutoModel, AutoProcessor, TrainerCallback, pipeline
 
 from transformers_ma2mba import FrozenVisionFeatures
 
@@ -155,6 +155,55 @@ def test_frozen_modules_keep_their_weights(demo, monkeypatch):
     assert changed == {"multi_modal_projector", "language_model"}
 
 
+def test_freeze_takes_names_of_modules_only(demo):
+    model = AutoModel.from_pretrained(demo / "untrained")
+    with pytest.raises(ValueError, match="--freeze vision_towr: .* has .*language_model.*, vision_tower"):
+        train.freeze(model, ["lm_head", "vision_towr"])
+    train.freeze(model, ["model.vision_tower", "multi_modal_projector"])
+    trained = {name.split(".")[1] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"language_model"}
+
+
+def test_vision_tower_has_its_own_rate(demo, monkeypatch):
+    options = dict(eval_strategy="no", max_steps=2, vision_learning_rate=0, save_steps=1, max_grad_norm=0)
+    train_here(monkeypatch, *arguments(demo, demo / "rates", **options))
+    before, after = (load_file(demo / name / "model.safetensors") for name in ("untrained", "rates"))
+    changed = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"multi_modal_projector", "language_model"}
+    # An optimizer such as GaLore brings groups of its own.
+    monkeypatch.setattr(train.Trainer, "get_optimizer_cls_and_kwargs", lambda *_: (torch.optim.SGD, {"params": []}))
+    with pytest.raises(ValueError, match="--vision_learning_rate has no effect on --optim sgd"):
+        train_here(monkeypatch, *arguments(demo, demo / "rates", **options))
+
+
+def test_a_broken_model_ends_with_a_sentence(demo, monkeypatch):
+    model = AutoModel.from_pretrained(demo / "untrained")
+    model.model.multi_modal_projector.linear_1.weight.data[0, 0] = torch.nan
+    model.save_pretrained(demo / "broken")
+    AutoProcessor.from_pretrained(demo / "untrained").save_pretrained(demo / "broken")
+    options = dict(model_name_or_path=demo / "broken", per_device_train_batch_size=1, eval_strategy="no")
+    with pytest.raises(SystemExit) as end:
+        train_here(monkeypatch, *arguments(demo, demo / "stopped", **options))
+    assert re.fullmatch(
+        rf"The loss of step 1 is nan: training stops and saves nothing more. Its files: {demo}/train/\d+.mp4.",
+        end.value.code,
+    )
+    assert not (demo / "stopped" / "model.safetensors").exists()
+
+
+def test_tensorboard_is_the_default(demo, monkeypatch, capsys):
+    words = [word for word in arguments(demo, demo / "board", max_steps=1) if "report_to" not in word]
+    train_here(monkeypatch, *words)
+    assert list((demo / "board" / "runs").glob("*/events*"))
+    checkpoint = json.loads((demo / "board" / "trainer_state.json").read_text())
+    assert "tokens_per_second" in checkpoint["log_history"][0]
+    monkeypatch.setattr(train, "is_tensorboard_available", lambda: False)
+    assert train.parse_arguments(words)[1].report_to == []
+    assert "TensorBoard is not installed" in capsys.readouterr().out
+    assert train.parse_arguments([*words, "--report_to", "none"])[1].report_to == []
+    assert "TensorBoard" not in capsys.readouterr().out
+
+
 def test_films_of_any_length_train_in_batches_of_tokens(demo, monkeypatch):
     """Kept features, in memory or in a folder, give the weights that frames give."""
     options = dict(train_file=demo / "train_hours.json", freeze="vision_tower", tokens_per_batch=300, max_steps=3)
@@ -189,8 +238,12 @@ def test_films_are_encoded_before_worker_processes_start(demo, monkeypatch):
         def on_train_begin(self, args, state, control, model=None, **kwargs):
             model.bfloat16()  # stands for DeepSpeed, which does so after the Trainer is made
 
+    class CastingTrainer(train.Trainer):
+        def __init__(self, *args, callbacks, **kwargs):
+            super().__init__(*args, callbacks=[Cast(), *callbacks], **kwargs)
+
     monkeypatch.setattr(FrozenVisionFeatures, "_encode", encode_once)
-    monkeypatch.setattr(train, "Trainer", partial(train.Trainer, callbacks=[Cast()]))
+    monkeypatch.setattr(train, "Trainer", CastingTrainer)
     options = dict(train_file=demo / "train_hours.json", freeze="vision_tower", tokens_per_batch=300, max_steps=1)
     options |= dict(eval_strategy="no", keep_features="memory", dataloader_num_workers=1)
     train_here(monkeypatch, *arguments(demo, demo / "workers", **options))
