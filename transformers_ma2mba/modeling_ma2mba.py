@@ -35,7 +35,14 @@ from .gradient_checkpointing import (
     max_over_processes,
     processes_in_step,
 )
-from .mamba2 import cache_layers_of, hold, indexable_tokens, segment_bounds
+from .mamba2 import (
+    cache_layers_of,
+    has_special_projection,
+    hold,
+    indexable_tokens,
+    refuse_bypassed_adapters,
+    segment_bounds,
+)
 
 # Transformers installs these hooks in the first call that returns hidden states. torch.compile cannot trace that call.
 _install_capturing_hooks = torch.compiler.disable(maybe_install_capturing_hooks)
@@ -117,6 +124,23 @@ def pool_patches(features_FPC: torch.Tensor, mode: str, stride: int, rounding: s
     return grid.flatten(2).transpose(1, 2)
 
 
+def _cast_for(linear: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """Cast inputs to the type of a layer's weight. A quantized layer holds integers, and casts its inputs itself."""
+    return inputs.to(linear.weight.dtype) if linear.weight.is_floating_point() else inputs
+
+
+def _prepare_4bit_layer(layer: nn.Module):
+    """Keep bitsandbytes from changing a 4-bit layer at its first call.
+
+    It converts the bias to the type of the product: do so now, because fingerprints depend on it. On a CPU with
+    AVX512-BF16 it also rearranges the weight in evaluation. It then fails for Mamba-2's widths, which need not be
+    multiples of 32, and later training steps get no gradients.
+    """
+    layer.support_avx512bf16_for_cpu = False
+    if layer.bias is not None and layer.compute_dtype is not None:
+        layer.bias.data = layer.bias.data.to(layer.compute_dtype)
+
+
 class Ma2mbaPreTrainedModel(PreTrainedModel):
     """Base class: loading, tied weights and gradient checkpointing."""
 
@@ -133,12 +157,34 @@ class Ma2mbaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def tie_weights(self, *args, **kwargs):
-        """Tie the head to the embeddings, and freeze the unused layers of the vision encoder."""
+        """Tie the head to the embeddings, freeze the unused layers of the vision encoder, and prepare 4-bit layers.
+
+        Raises:
+            ValueError: if the head is quantized, but tied to the embeddings.
+        """
         super().tie_weights(*args, **kwargs)
+        head = self.get_output_embeddings()
+        tied = head is not None and head.weight is self.get_input_embeddings().weight
+        if tied and type(head).__module__.startswith("bitsandbytes"):
+            raise ValueError(
+                "lm_head cannot be quantized, because its weight is that of the embeddings: add 'lm_head' to "
+                "llm_int8_skip_modules, which replaces the default."
+            )
         # Building and loading both end here. Loading makes new parameters, all of which require gradients.
         for module in self.modules():
             if isinstance(module, Ma2mbaModel):
                 module.freeze_unused_vision_layers()
+            elif type(module).__name__ == "Linear4bit":
+                _prepare_4bit_layer(module)
+
+    def unused_modules(self) -> list[str]:
+        """Name the modules of the vision encoder whose output nothing uses: those above `vision_feature_layer`.
+
+        Their adapters would never get a gradient: give the names to PEFT's `LoraConfig` as `exclude_modules`.
+        """
+        trunks = [module for module in self.modules() if isinstance(module, Ma2mbaModel)]
+        unused = {inner for trunk in trunks for layer in trunk._unused_vision_layers() for inner in layer.modules()}
+        return [name for name, module in self.named_modules() if module in unused]
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, every_n_layers=1, offload=False):
         """Switch on MA-GC, multi-axis gradient checkpointing (paper §3.2): exact gradients, activation memory O(S).
@@ -192,11 +238,14 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
 
         They never get a gradient, and DDP and ZeRO would wait for one.
         """
+        for module in self._unused_vision_layers():
+            module.requires_grad_(False)
+
+    def _unused_vision_layers(self) -> list[nn.Module]:
         layers = self.vision_tower.encoder.layers
         used = self.config.vision_feature_layer % (len(layers) + 1)
-        for module in (*layers[used:], self.vision_tower.post_layernorm, getattr(self.vision_tower, "head", None)):
-            if module is not None:
-                module.requires_grad_(False)
+        others = (self.vision_tower.post_layernorm, getattr(self.vision_tower, "head", None))
+        return [*layers[used:], *(module for module in others if module is not None)]
 
     def get_input_embeddings(self):
         """The embeddings of the language model."""
@@ -247,7 +296,7 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
 
     def _project(self, features_FNC: torch.Tensor) -> torch.Tensor:
         """Project the vision tower's features of a few frames to `(F, N, D)` tokens (paper §3.4)."""
-        return self.multi_modal_projector(features_FNC.to(self.multi_modal_projector.linear_1.weight.dtype))
+        return self.multi_modal_projector(_cast_for(self.multi_modal_projector.linear_1, features_FNC))
 
     def _encode_frames(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encode `(F, 3, height, width)` pixels of a few frames as `(F, N, D)` tokens (paper §3.4)."""
@@ -377,9 +426,17 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
 
     def _project_blank_features(self, count: int) -> torch.Tensor:
         """The same for the projector alone."""
-        weight = self.multi_modal_projector.linear_1.weight
-        features = weight.new_zeros(count, 1, self.config.vision_config.hidden_size)
+        device = self.multi_modal_projector.linear_1.weight.device
+        features = torch.zeros(count, 1, self.config.vision_config.hidden_size, device=device)
         return 0.0 * self._in_pieces(self._project, features, frames_per_piece=1).pooler_output.sum()
+
+    def _zeros_of_unused_layers(self) -> list[torch.Tensor]:
+        """Zeros with gradients of zero for adapters in layers whose output nothing uses: DDP would wait for one."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return []
+        layers = [layer for layer in self._unused_vision_layers() if not any(map(is_sharded, layer.modules()))]
+        parameters = [parameter for layer in layers for parameter in layer.parameters() if parameter.requires_grad]
+        return [0.0 * parameter.sum() for parameter in parameters]
 
     def _encode_visuals(self, pixel_values, pixel_values_videos, features, picture_indices, device):
         """Encode images and videos.
@@ -474,10 +531,13 @@ class Ma2mbaModel(Ma2mbaPreTrainedModel):
         for name, output in encoded.items():
             token_id = self.config.image_token_id if name == "image" else self.config.video_token_id
             inputs_embeds = self._place_features(inputs_embeds, input_ids, output.pooler_output, token_id, name)
-        for zero in zeros:
+        for zero in (*zeros, *self._zeros_of_unused_layers()):
             inputs_embeds = inputs_embeds + zero.to(inputs_embeds)
 
         options = dict(use_cache=use_cache, attention_mask=attention_mask, ssd_scan=True)
+        refuse_bypassed_adapters(self.language_model.layers)
+        if self.training and has_special_projection(self.language_model.layers):
+            options["whole_layers"] = False
         # Only the grid can skip positions: the stock forward pass cannot, and hooks expect all of them.
         in_grid = is_multi_axis_checkpointed(self.language_model)
         skips_positions = in_grid and not has_forward_hooks(self.language_model)
@@ -594,7 +654,7 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
         loss = None
         if labels is None:
             hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-            logits = self.lm_head(hidden_states.to(self.lm_head.weight.dtype)).float()
+            logits = self.lm_head(_cast_for(self.lm_head, hidden_states)).float()
             if text_tokens_only:
                 padding = slice(self.config.unpadded_vocab_size or logits.shape[-1], None)
                 for rows in (self.config.image_token_id, self.config.video_token_id, padding):
@@ -614,7 +674,7 @@ class Ma2mbaForVideoQA(Ma2mbaPreTrainedModel, GenerationMixin):
         checkpointed = self.training and torch.is_grad_enabled() and is_multi_axis_checkpointed(self)
         if checkpointed and can_be_in_pieces(self, kwargs):
             return causal_lm_loss(self.lm_head, hidden_states_KD, None, shift_labels=targets_K, **kwargs), None
-        logits_KV = self.lm_head(hidden_states_KD.to(self.lm_head.weight.dtype)).float()
+        logits_KV = self.lm_head(_cast_for(self.lm_head, hidden_states_KD)).float()
         if len(logits_KV) == 0:
             loss = logits_KV.sum()  # nothing to learn, and no NaN to spread
         else:

@@ -132,6 +132,14 @@ def test_model_on_a_cpu_calls_no_kernels(installed, owner, stock_model):
     assert not installed
 
 
+def test_a_caller_may_exclude_the_kernel_of_whole_layers(installed, owner):
+    hold(owner)
+    whole = "mamba2_split_conv1d_scan_combined"
+    results = [getattr(modeling_mamba2, name)(torch.empty(1, device="meta"), whole_layers=False) for name in NAMES]
+    assert installed == [name for name in NAMES if name != whole]
+    assert results[NAMES.index(whole)] is None  # the layer then calls the other functions
+
+
 def test_other_devices_keep_transformers_choice(installed, owner):
     hold(owner)
     for name in NAMES:

@@ -35,13 +35,14 @@ class VisionFingerprint:
         Raises:
             ValueError: if the vision tower is trained, sharded, offloaded or has adapters.
         """
-        tensors = dict(self.model.vision_tower.state_dict(keep_vars=True))
+        tower = self.model.vision_tower
+        tensors = {**dict(tower.named_parameters()), **dict(tower.named_buffers())}
         self._check(tensors)
         settings = self._settings()
         versions = (settings, _sample(tensors), *((name, _version(t), t.dtype) for name, t in tensors.items()))
         if versions != self._versions:  # hashing the weights takes seconds
             digest = hashlib.sha256(settings.encode())
-            for name, tensor in sorted(tensors.items()):
+            for name, tensor in sorted(tower.state_dict().items()):  # with the scales of quantized weights
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
             self._versions, self.value = versions, digest.hexdigest()

@@ -10,7 +10,7 @@ from transformers import DynamicCache, Mamba2ForCausalLM, Mamba2Model
 from transformers.masking_utils import create_recurrent_attention_mask
 from transformers.models.mamba2.modeling_mamba2 import Mamba2CausalLMOutput, Mamba2Output
 
-from ..mamba2 import hold
+from ..mamba2 import hold, refuse_bypassed_adapters
 from .fused_layer import forwards_of
 from .grid import run_checkpointed
 from .loss_in_pieces import can_be_in_pieces, causal_lm_loss
@@ -109,6 +109,7 @@ class MultiAxisMamba2Model(Swappable, Mamba2Model):
         for layer in self.layers:
             if getattr(layer, "gradient_checkpointing", False):
                 layer.gradient_checkpointing = False  # Transformers' own, switched on by Trainer: once is enough
+        refuse_bypassed_adapters(self.layers)
         _refuse_what_sees_the_whole_sequence(self.layers)
         mask = create_recurrent_attention_mask(
             config=self.config, inputs_embeds=inputs, attention_mask=attention_mask, past_key_values=cache_params

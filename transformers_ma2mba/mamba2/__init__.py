@@ -1,6 +1,7 @@
 """Additions to the stock Mamba-2 layer: dimensions, carried states, the scan, and the choice of kernels."""
 
 from . import kernel_choice
+from .adapted_layers import has_special_projection, refuse_bypassed_adapters
 from .kernel_choice import hold, release
 from .recurrent_state import (
     LayerState,

@@ -5,6 +5,8 @@ them, dispatchers replace these functions:
 
 - `ssd_scan=True`, a keyword that `Mamba2Model` passes on to the scan, chooses [`ssd_scan`], unless mamba-ssm's kernel,
   which is faster still, can run.
+- `whole_layers=False`, a keyword of the same kind, keeps mamba-ssm's kernel for a whole training layer from running:
+  it reads the weight of `out_proj`, and would bypass an adapter there.
 - Where mamba-ssm or causal-conv1d is installed, Transformers calls it for CPU tensors too, and it fails. Dispatchers
   compute on a CPU in plain PyTorch.
 
@@ -164,6 +166,9 @@ def _dispatcher(name: str, chosen: Callable) -> Callable:
             return chosen(*args, **kwargs)
         tensor = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)][0]
         own_scan = kwargs.get("ssd_scan", False)
+        whole_layers = kwargs.pop("whole_layers", True)
+        if name == "mamba2_split_conv1d_scan_combined" and not whole_layers:
+            return None  # the layer then calls the other functions, and its own `out_proj`
         if is_scan:
             kwargs.pop("ssd_scan", None)
             if own_scan and not (has_scan_kernel and runs_kernels(tensor.device)):

@@ -253,8 +253,8 @@ def describe_model(model, prompt_beginning: Sequence[int]) -> dict[str, str]:
 
     Returns:
         `checkpoint`, the model's name or path; `dtype`; and `fingerprint`, a SHA-256 of the config, the prompt's
-        beginning, and the name, dtype, shape and evenly spaced values of each parameter. Parameters on the meta device
-        count without values.
+        beginning, the name, dtype, shape and evenly spaced values of each parameter, and the adapters in use.
+        Parameters on the meta device count without values.
     """
     digest = hashlib.sha256()
     config = _without_settings(model.config.to_dict())
@@ -265,12 +265,22 @@ def describe_model(model, prompt_beginning: Sequence[int]) -> dict[str, str]:
             values = parameter.detach().flatten()
             values = values[:: max(1, values.numel() // _NUM_VALUES)].contiguous().cpu()
             digest.update(values.view(torch.uint8).numpy())
+    for name, module in model.named_modules():
+        if hasattr(module, "merged_adapters"):
+            digest.update(f"{name} {_adapters_in_use(module)}\n".encode())
     name = getattr(model, "name_or_path", None) or "a model without a name"
     return {
         "checkpoint": str(name),
         "dtype": str(model.dtype).removeprefix("torch."),
         "fingerprint": digest.hexdigest(),
     }
+
+
+def _adapters_in_use(layer) -> dict:
+    """The adapters that one of PEFT's layers applies, by name, with their factors; and those in its weights."""
+    active = [] if layer.disable_adapters else layer.active_adapters
+    factors = getattr(layer, "scaling", {})
+    return {"active": {name: factors.get(name) for name in active}, "merged": layer.merged_adapters}
 
 
 def is_same_model(description: dict[str, str], other: dict[str, str]) -> bool:

@@ -41,7 +41,7 @@ class VideoSession:
     more. Any number of threads may ask while another extends.
 
     Args:
-        model ([`Ma2mbaForVideoQA`]): the model, on any devices.
+        model ([`Ma2mbaForVideoQA`]): the model, on any devices, or a `PeftModel` around it.
         processor ([`Ma2mbaProcessor`]): its processor.
         fps (`float`, *optional*): frames per second of film to sample; `model.config.frame_rate` by default.
         frames_per_piece (`int`, *optional*): the number of frames that go through the model at a time, which bounds
@@ -52,7 +52,8 @@ class VideoSession:
         frame_rate: frames per second of film.
 
     Raises:
-        ValueError: if `fps` or `frames_per_piece` is not above 0, or the processor belongs to another model.
+        ValueError: if `fps` or `frames_per_piece` is not above 0, the processor belongs to another model, or PEFT adds
+            a prompt to the model's inputs.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class VideoSession:
         frames_per_piece: int | None = None,
         prepare_generate_kwargs: Callable[..., dict] | None = None,
     ):
+        model = _without_peft_wrapper(model)
         self.frame_rate = checked_frame_rate(model.config.frame_rate if fps is None else fps, "fps")
         if frames_per_piece is None:
             frames_per_piece = model.config.frames_per_vision_pass
@@ -282,10 +284,23 @@ class VideoSession:
             FileNotFoundError: if the file does not exist.
             StateFileError: if it has another format or version, is damaged, or belongs to another checkpoint.
         """
+        model = _without_peft_wrapper(model)
         frame_rate, memory = load_film(path, model, beginning_tokens(processor))
         session = cls(model, processor, frame_rate, frames_per_piece, prepare_generate_kwargs)
         session._film.memory = memory
         return session
+
+
+def _without_peft_wrapper(model):
+    """The model inside a `PeftModel`; its layers hold the adapters."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{model.active_peft_config.peft_type.value} adds a prompt to each input, which would stand between the "
+            "pieces of a film: use adapters in the layers, such as LoRA."
+        )
+    return model.get_base_model()
 
 
 def watch_together(sessions: Sequence[VideoSession], videos: Iterable[Any], progress: bool | None = None):
