@@ -13,7 +13,8 @@ checkpoint in `--output_dir`, to the same weights. A loss or gradient that is no
 films it came from. TensorBoard shows the run: `tensorboard --logdir trained`.
 
 For rows of any length, from clips to films of hours, give `--tokens_per_batch`. With a frozen vision tower,
-`--keep_features` encodes each film once.
+`--keep_features` encodes each film once. `--lora` trains adapters, and `--load_in_4bit` has the weights under them in
+4 bits.
 """
 
 import json
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from adapters import AdapterArguments, add_adapters, loading_options
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -46,7 +48,7 @@ from transformers_ma2mba import (
 
 
 @dataclass
-class Arguments:
+class Arguments(AdapterArguments):
     """Options beside those of `TrainingArguments`."""
 
     model_name_or_path: str = field(metadata={"help": "The checkpoint to start from."})
@@ -198,9 +200,10 @@ def main():
     training_args.dataloader_pin_memory &= not training_args.use_cpu
     set_seed(training_args.seed)
 
-    model = AutoModel.from_pretrained(args.model_name_or_path)
+    model = AutoModel.from_pretrained(args.model_name_or_path, **loading_options(args, training_args.device))
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
     freeze(model, args.freeze)
+    model = add_adapters(model, args, args.freeze)
 
     train_rows, validation_rows = (
         load_rows(path, args.video_folder) for path in (args.train_file, args.validation_file)
