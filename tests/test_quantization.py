@@ -6,6 +6,7 @@ import pytest
 import torch
 from comparison import assert_same
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from quantization import why_not
 from tiny import random_frames, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModel, BitsAndBytesConfig, pipeline
@@ -13,22 +14,6 @@ from transformers.models.mamba2 import modeling_mamba2
 from video_step import CANDIDATES, QUESTION, gradients, video_batch
 
 from transformers_ma2mba import FrozenVisionFeatures, VideoSession
-
-
-def why_not() -> str | None:
-    """The reason why bitsandbytes cannot run here."""
-    try:
-        import bitsandbytes
-
-        for layer in (
-            bitsandbytes.nn.Linear4bit(64, 32),
-            bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False),
-        ):
-            layer.to("cpu")(torch.zeros(1, 64))
-    except Exception as error:  # a missing or broken installation fails in many ways
-        return f"bitsandbytes cannot run: {error!r}"
-    return None
-
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import train
 from adapters import AdapterArguments, add_adapters, loading_options
+from quantization import why_not
 from safetensors.torch import load_file
-from test_quantization import why_not
 from tiny import random_frames, tiny_config, tiny_model
 from transformers import AutoModel, pipeline
 from video_step import CANDIDATES, QUESTION

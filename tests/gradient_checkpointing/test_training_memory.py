@@ -1,12 +1,19 @@
 """The memory of a training step: its parts, the options that change them, and the longest film for a budget."""
 
 import pytest
-from tiny import tiny_config, tiny_text_config
-from transformers import Mamba2ForCausalLM
+from peft import prepare_model_for_kbit_training
+from quantization import why_not
+from tiny import lora, tiny_config, tiny_model, tiny_text_config
+from transformers import AutoModel, BitsAndBytesConfig, Mamba2ForCausalLM
 
 from transformers_ma2mba.configuration_ma2mba import Ma2mbaConfig
-from transformers_ma2mba.gradient_checkpointing.memory_model import TrainingStep
-from transformers_ma2mba.gradient_checkpointing.plan import MultiAxisOptions, plan_checkpoints, smallest_plan
+from transformers_ma2mba.gradient_checkpointing.memory_model import TrainingStep, trained_sizes
+from transformers_ma2mba.gradient_checkpointing.plan import (
+    MultiAxisOptions,
+    plan_checkpoints,
+    plan_step,
+    smallest_plan,
+)
 from transformers_ma2mba.gradient_checkpointing.training_memory import estimate_training_memory
 
 GiB = 2**30
@@ -75,6 +82,44 @@ def test_options_change_their_parts(small):
     assert offloaded.device_total < plain.device_total
 
 
+def test_adapters_take_gradients_and_optimizer_for_themselves(config):
+    options = dict(tokens=100, dtype="float32", lora_rank=3)
+    model = tiny_model(config)
+    unused, plain = model.unused_modules(), estimate_training_memory(config, tokens=100, dtype="float32")
+    model = lora(model, r=3, target_modules="all-linear", exclude_modules=unused)
+    memory = estimate_training_memory(config, **options)
+    assert memory.parameters == plain.parameters
+    assert memory.trained_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parts = {part: memory.device[part] for part in ("weights: adapters", "gradients", "optimizer state")}
+    assert list(parts.values()) == [size * memory.trained_parameters for size in (4, 4, 8)]
+    layers = model.base_model.model.model.language_model.layers.float()
+    step = TrainingStep(100, dtype="float32", trained=trained_sizes(layers))
+    assert memory.plan == plan_step(config, step, MultiAxisOptions())
+    frozen = estimate_training_memory(config, **options, freeze_vision=True)
+    tower = sum(p.numel() for name, p in model.named_parameters() if "lora" in name and "vision_tower" in name)
+    assert memory.trained_parameters - frozen.trained_parameters == tower
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_weights_in_4_bits(checkpoint, config):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
+    model = AutoModel.from_pretrained(checkpoint, quantization_config=quantization)
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    states = [parameter.quant_state for parameter in model.parameters() if hasattr(parameter, "quant_state")]
+    expected = sum(p.nbytes for p in model.parameters())
+    expected += sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)
+    memory = estimate_training_memory(config, tokens=100, lora_rank=3, load_in_4bit=True)
+    parts = ("language model", "vision tower and projector")
+    assert sum(memory.device[f"weights: {part}"] for part in parts) == expected
+    assert memory.device["weights: one of them, dequantized"] == 2 * 164 * 32  # the input projection of a layer
+
+
+def test_published_model_trains_adapters_on_a_small_gpu(large):
+    options = dict(seconds=600, freeze_vision=True, memory_budget="12GiB")
+    assert not estimate_training_memory(large, **options).fits
+    assert estimate_training_memory(large, **options, lora_rank=16, load_in_4bit=True, offload=True).fits
+
+
 def test_fused_kernels_take_less(large):
     fused, plain = (estimate_training_memory(large, tokens=2**19, fused=fused).plan for fused in (True, False))
     assert fused.cell_bytes + fused.segment_bytes < plain.cell_bytes
@@ -121,6 +166,8 @@ def test_offloading_is_suggested_by_what_it_takes(large):
         (dict(seconds=3, optimizer="sgd"), "optimizer must be 'adamw' or 'none'; got 'sgd'."),
         (dict(seconds=3, dtype="int8"), "dtype must be float16, bfloat16, float32 or float64; got 'int8'."),
         (dict(seconds=3, memory_budget="lots"), "'lots' is not a size of memory"),
+        (dict(seconds=3, lora_rank=0), "lora_rank must be a whole number above 0; got 0."),
+        (dict(seconds=3, load_in_4bit=True), "Weights in 4 bits cannot be trained: give a lora_rank, too."),
         (dict(tokens=0), "sequence_length must be a whole number above 0; got 0."),
     ],
 )

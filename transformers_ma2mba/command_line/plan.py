@@ -49,6 +49,8 @@ def add_step_options(parser: argparse.ArgumentParser):
         help="; ".join(f"{name}: {state}" for name, state in OPTIMIZERS.items()) + " (default: adamw)",
     )
     parser.add_argument("--freeze_vision", action="store_true", help="do not train the vision tower")
+    parser.add_argument("--lora_rank", type=count, help="train adapters of this rank on all linear layers instead")
+    parser.add_argument("--load_in_4bit", action="store_true", help="the weights under the adapters are in 4 bits")
     parser.add_argument("--offload", action="store_true", help="keep checkpoints in host memory")
     parser.add_argument("--fused", action="store_true", help="the layers run with mamba-ssm and causal-conv1d")
     parser.add_argument("--memory_budget", metavar="SIZE", help='memory of the whole GPU, such as "80GiB"')

@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
-from .memory_model import TrainingStep, floating_dtype
+from ..mamba2 import Mamba2Shape
+from .memory_model import TrainedSizes, TrainingStep, floating_dtype, is_count
 from .memory_size import parse_memory_size
 from .plan import CheckpointPlan, MultiAxisOptions, longest_sequence, plan_step, smallest_plan
 
@@ -24,7 +26,7 @@ class TrainingMemory:
         tokens: number of tokens of each sample.
         frames: number of video frames of each sample.
         frame_rate: frames per second of film; None without a vision tower.
-        parameters: number of parameters.
+        parameters: number of parameters, without adapters.
         trained_parameters: number of trained parameters.
         device: bytes on the device, by part. Language model and vision tower reach their peaks at different times.
         device_before_activations: bytes of weights, gradients and optimizer state.
@@ -67,6 +69,8 @@ def estimate_training_memory(
     dtype: torch.dtype | str = torch.bfloat16,
     optimizer: str = "adamw",
     freeze_vision: bool = False,
+    lora_rank: int | None = None,
+    load_in_4bit: bool = False,
     offload: bool = False,
     fused: bool = False,
     memory_budget: int | str | None = None,
@@ -85,7 +89,10 @@ def estimate_training_memory(
         batch_size: number of samples.
         dtype: type of weights and activations, a torch dtype or its name.
         optimizer: a key of `OPTIMIZERS`.
-        freeze_vision: whether the vision tower is frozen.
+        freeze_vision: whether the vision tower is frozen, and without adapters.
+        lora_rank: rank of adapters in float32 on all linear layers but the head, trained in place of all weights.
+        load_in_4bit: whether these layers' weights are in 4 bits, as `examples/train.py` loads them, and all others in
+            float32, as `prepare_model_for_kbit_training` converts them.
         offload: whether checkpoints wait for backward in host memory.
         fused: whether mamba-ssm's kernels run the layers.
         memory_budget: memory of the whole device, a size such as `"80GiB"` or a number of bytes.
@@ -93,17 +100,17 @@ def estimate_training_memory(
     Raises:
         ValueError: if an argument is out of its range, or the model has no vision tower for `seconds`.
     """
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be {' or '.join(map(repr, OPTIMIZERS))}; got {optimizer!r}.")
+    _check_training(optimizer, lora_rank, load_in_4bit)
     dtype = floating_dtype("dtype", dtype)
     budget = None if memory_budget is None else parse_memory_size(memory_budget)
     tokens, frames, frame_rate = _sample_length(config, seconds, tokens, fps, text_tokens)
-    parameters, trained = _count_parameters(config, freeze_vision)
-    optimizer_bytes = 8 + 4 * (dtype.itemsize < 4) if optimizer == "adamw" else 0  # per trained parameter
+    weights = _weigh(config, dtype, freeze_vision, lora_rank, load_in_4bit)
+    trained_itemsize = dtype.itemsize if lora_rank is None else 4
+    optimizer_bytes = 8 + 4 * (trained_itemsize < 4) if optimizer == "adamw" else 0  # per trained parameter
     device = {
-        **{f"weights: {part}": count * dtype.itemsize for part, count in parameters.items()},
-        "gradients": trained * dtype.itemsize,
-        "optimizer state": trained * optimizer_bytes,
+        **{f"weights: {part}": size for part, size in weights.nbytes.items()},
+        "gradients": weights.trained * trained_itemsize,
+        "optimizer state": weights.trained * optimizer_bytes,
     }
     constant = sum(device.values())
     vision = _vision_bytes(config, batch_size * frames, dtype, freeze_vision) if frames else 0
@@ -114,7 +121,14 @@ def estimate_training_memory(
 
     from_ids = frame_rate is None
     step = TrainingStep(
-        tokens, batch_size=batch_size, dtype=dtype, fused=fused, from_ids=from_ids, whole_output=from_ids
+        tokens,
+        batch_size=batch_size,
+        dtype=dtype,
+        parameter_dtype=torch.float32 if load_in_4bit else dtype,
+        fused=fused,
+        from_ids=from_ids,
+        trained=None if lora_rank is None else _adapters_of_a_layer(config, lora_rank),
+        whole_output=from_ids,
     )
     options = MultiAxisOptions(offload=offload)
     limits = {}
@@ -146,8 +160,8 @@ def estimate_training_memory(
         tokens=tokens,
         frames=frames,
         frame_rate=frame_rate,
-        parameters=sum(parameters.values()),
-        trained_parameters=trained,
+        parameters=weights.count,
+        trained_parameters=weights.trained,
         device=device,
         device_before_activations=constant,
         device_total=constant + max(plan.device_bytes, vision_peak),
@@ -155,6 +169,15 @@ def estimate_training_memory(
         plan=plan,
         **limits,
     )
+
+
+def _check_training(optimizer: str, lora_rank: int | None, load_in_4bit: bool):
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be {' or '.join(map(repr, OPTIMIZERS))}; got {optimizer!r}.")
+    if lora_rank is not None and not is_count(lora_rank):
+        raise ValueError(f"lora_rank must be a whole number above 0; got {lora_rank!r}.")
+    if load_in_4bit and lora_rank is None:
+        raise ValueError("Weights in 4 bits cannot be trained: give a lora_rank, too.")
 
 
 def _sample_length(config, seconds, tokens, fps, text_tokens) -> tuple[int, int, float | None]:
@@ -174,20 +197,67 @@ def _sample_length(config, seconds, tokens, fps, text_tokens) -> tuple[int, int,
     return frames * config.tokens_per_frame + text_tokens, frames, frame_rate
 
 
-def _count_parameters(config, freeze_vision: bool) -> tuple[dict[str, int], int]:
-    """Count a model's parameters by part, and the trained ones in all, without allocating them."""
+@dataclass(frozen=True)
+class _Weights:
+    """A model's weights.
+
+    Attributes:
+        count: number of parameters, without adapters.
+        nbytes: bytes by part.
+        trained: number of trained parameters.
+    """
+
+    count: int
+    nbytes: dict[str, int]
+    trained: int
+
+
+def _weigh(config, dtype: torch.dtype, freeze_vision: bool, lora_rank: int | None, load_in_4bit: bool) -> _Weights:
+    """Weigh a model's parameters by part, and its adapters, without allocating them."""
     # AutoModel has Ma2mbaForVideoQA; a stock Mamba-2 is trained with its head, which AutoModel leaves out.
     auto_class = AutoModel if hasattr(config, "vision_config") else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto_class.from_config(config)
-    counts, trained = {"language model": 0}, 0
+    linear = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not model.get_output_embeddings()
+    }
+    count, nbytes, trained = 0, {"language model": 0}, 0
     for name, parameter in model.named_parameters():
         in_tower = "vision_tower." in name
         part = "vision tower and projector" if in_tower or "multi_modal_projector." in name else "language model"
-        counts[part] = counts.get(part, 0) + parameter.numel()
-        if parameter.requires_grad and not (freeze_vision and in_tower):
-            trained += parameter.numel()
-    return counts, trained
+        if load_in_4bit:
+            size = _bytes_in_4bit(parameter.numel()) if name in linear else 4 * parameter.numel()
+        else:
+            size = dtype.itemsize * parameter.numel()
+        count, nbytes[part] = count + parameter.numel(), nbytes.get(part, 0) + size
+        if parameter.requires_grad and not (freeze_vision and in_tower):  # nothing else would have a gradient
+            if lora_rank is None:
+                trained += parameter.numel()
+            elif name in linear:
+                trained += lora_rank * (linear[name].in_features + linear[name].out_features)
+    if lora_rank is not None:
+        nbytes["adapters"] = 4 * trained
+    if load_in_4bit:  # a layer's weight is dequantized for each of its products
+        largest = max(module.weight.numel() for module in linear.values())
+        nbytes["one of them, dequantized"] = dtype.itemsize * largest
+    return _Weights(count, nbytes, trained)
+
+
+def _bytes_in_4bit(count: int) -> int:
+    """Bytes of a weight in bitsandbytes' 4 bits, with a byte for each 64 values and a float for 256 such bytes."""
+    scales = math.ceil(count / 64)
+    return math.ceil(count / 2) + scales + 4 * math.ceil(scales / 256)
+
+
+def _adapters_of_a_layer(config, rank: int) -> TrainedSizes:
+    """Sizes of the adapters in float32 on both projections of a Mamba-2 layer."""
+    shape = Mamba2Shape.of(config)
+    count = rank * (shape.width + shape.projected + shape.inner + shape.width)
+    return TrainedSizes(
+        layer_bytes=4 * count, half_bytes=0, norms=False, in_proj_itemsize=4, out_proj_itemsize=4, embeddings=False
+    )
 
 
 def _vision_bytes(config, num_frames: int, dtype: torch.dtype, frozen: bool) -> int:
