@@ -255,3 +255,57 @@ def test_a_folder_that_is_missing_ends_in_one_sentence(arguments, capsys, tmp_pa
     assert caught.value.code == 2
     assert "nowhere" in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+# check-data
+
+
+@pytest.fixture
+def lists(tmp_path):
+    """Two lists: three questions about two films of 4 and 9 seconds, and a row whose film is missing."""
+    for name, seconds in (("a", 4), ("b", 9)):
+        write_index_video(tmp_path / f"{name}.mp4", seconds, fps=1)
+    rows = [("a", "What?", "red"), ("b", "What?", "blue"), ("a", "When?", "now"), ("missing", "What?", "red")]
+    rows = [
+        {
+            "id": f"{i}",
+            "video": f"{video}.mp4",
+            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+        }
+        for i, (video, question, answer) in enumerate(rows)
+    ]
+    (tmp_path / "good.json").write_text(json.dumps(rows[:3]))
+    (tmp_path / "bad.jsonl").write_text(json.dumps(rows[3]) + "\n" + '{"video": "a.mp4"}\n')
+    return tmp_path
+
+
+def test_check_data_reports_lengths_and_the_plan_for_the_longest(lists, checkpoint, capsys):
+    arguments = ["check-data", str(lists / "good.json"), "--model", str(checkpoint), "--tokens_per_second", "10"]
+    assert main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["rows"], report["answers"], report["videos"], report["broken"]) == (2, 3, 2, [])
+    assert report["seconds"] == {"total": 13, "longest": 9, "histogram": [[4, 8, 1], [8, 16, 1]]}
+    assert report["hours_per_epoch"] == report["tokens"]["total"] / 36000
+    longest = report["longest"]
+    assert (longest["name"], longest["frames"]) == ("1 (good.json, row 2)", 9)
+    assert longest["tokens"] == longest["plan"]["tokens"] == report["tokens"]["longest"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "2 rows with 3 answers; 2 videos, 0 images" in text and "MA-GC plan for" in text
+    assert re.search(r"4 to 8 #+ +1\n", text) and "An epoch takes 0.0" in text and "broken" not in text
+
+
+def test_check_data_names_what_is_broken(lists, capsys):
+    files = [str(lists / name) for name in ("good.json", "bad.jsonl")]
+    assert main(["check-data", *files, "--preset", "3.1b"]) == 0
+    text = capsys.readouterr().out
+    assert "2 broken" in text and "3 (bad.jsonl, row 1): There is no file" in text and "bad.jsonl, row 2: " in text
+    assert "Text is not counted" in text
+    assert re.search(r"tokens of a row; 1,872 in all, 1,296 at most", text)  # 13 frames of 144 tokens
+
+
+def test_check_data_without_any_good_row(lists, capsys):
+    (lists / "bad.jsonl").write_text('{"video": "a.mp4"}\n')
+    with pytest.raises(SystemExit, match="2"):
+        main(["check-data", str(lists / "bad.jsonl"), "--preset", "3.1b"])
+    assert "bad.jsonl, row 1" in capsys.readouterr().err

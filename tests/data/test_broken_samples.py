@@ -163,6 +163,7 @@ def test_a_folder_is_no_file(tmp_path):
         ({"video": "a.mp4", "start": None, "end": None}, "a.mp4"),
         ({"video": "a.mp4", "start": 10, "end": 12.5}, "a.mp4, start 10, end 12.5"),
         ({"id": "x", "video": ["a.mp4", "a.mp4"], "start": [0, 5], "end": [None, None]}, "x, start 0, 5"),
+        ({"id": "x", "source": "a.json, row 1", "video": ["a.mp4"] * 2, "start": [0, 5]}, "x (a.json, row 1)"),
         ({"image": "b.png"}, "b.png"),
         ({"text": "Who?"}, "{'text': 'Who?'}"),
         ("film.mp4", "'film.mp4'"),

@@ -20,17 +20,19 @@ def sample_name(row: dict) -> str:
 
     Returns:
         The row's `id` and `source`, or else its video or image, or else the beginning of its text; with the `start`
-        and `end` of its clips.
+        and `end` of its clip, and of several clips unless it has both `id` and `source`.
     """
     if not isinstance(row, Mapping):
         return _shortened(repr(row))
     named = [str(row[key]) for key in ("id", "source") if row.get(key) not in (None, "")]
+    times = {key: row[key] for key in ("start", "end") if _is_given(row.get(key))}
     if named:
         name = named[0] if len(named) == 1 else f"{named[0]} ({named[1]})"
+        if len(named) == 2:  # the source says enough
+            times = {key: value for key, value in times.items() if "," not in _join(value)}
     else:
         name = next((_join(row[key]) for key in ("video", "image") if row.get(key)), _shortened(repr(dict(row))))
-    clip = [f"{key} {_join(row[key])}" for key in ("start", "end") if _is_given(row.get(key))]
-    return ", ".join([name, *clip])
+    return ", ".join([name, *(f"{key} {_join(value)}" for key, value in times.items())])
 
 
 def _join(value) -> str:
