@@ -261,6 +261,32 @@ def test_a_broken_row_is_left_out_and_read_once(kind, processor, folder, rows, t
         DataCollatorForVideoQA(processor, folder, broken_samples=strict)([bad])
 
 
+def test_a_film_cut_short_is_no_broken_sample(processor, folder, tmp_path):
+    write_index_video(tmp_path / "cut.mp4", 40, fps=4, preset="ultrafast", faststart=True)
+    content = (tmp_path / "cut.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(content[: len(content) * 2 // 3])
+    collator = DataCollatorForVideoQA(processor, tmp_path, broken_samples=BrokenSamples())
+    with pytest.warns(UserWarning, match="cut.mp4 ends early") as caught:
+        batch = collator([{"video": "cut.mp4", "conversations": turns("Who?", "red")}])
+    assert len(caught) == 1 and len(collator.broken_samples) == 0
+    assert 1 < len(batch["pixel_values_videos"]) < 10 and spoken(processor, batch, 0) == ["red<|endoftext|>"]
+
+
+@pytest.mark.filterwarnings("ignore:Sample ")
+def test_worker_processes_and_epochs_share_what_is_broken(processor, folder, tmp_path):
+    """Each epoch has new worker processes."""
+    broken = BrokenSamples()
+    collator = DataCollatorForVideoQA(processor, folder, broken_samples=broken)
+    bad = [{"id": number, "video": "nowhere.mp4", "conversations": turns("Who?", "red")} for number in range(4)]
+    for _ in range(2):
+        loader = torch.utils.data.DataLoader(
+            bad, 1, collate_fn=collator, num_workers=2, multiprocessing_context="fork"
+        )
+        assert all((batch["labels"] == -100).all() for batch in loader)
+        assert len(broken) == 4
+    assert len(broken.file.read_text().splitlines()) == 4
+
+
 def test_a_replaced_file_and_a_mended_row_are_read(processor, folder, tmp_path):
     broken = BrokenSamples()
     collator = DataCollatorForVideoQA(processor, tmp_path, broken_samples=broken)
