@@ -7,12 +7,12 @@ QUESTION = "Who opens the door?"
 CANDIDATES = ["red", "blue"]
 
 
-def video_batch(config, num_frames=3) -> dict:
+def video_batch(config, num_frames=3, side=32) -> dict:
     """Inputs and labels of a video between two words and six, of which the last four are supervised."""
     video = [config.video_token_id] * (num_frames * config.tokens_per_frame)
     input_ids = torch.tensor([[7, 8, *video, 9, 10, 11, 12, 13, 14]])
     labels = torch.where(torch.arange(input_ids.shape[1]) < input_ids.shape[1] - 4, -100, input_ids)
-    return dict(input_ids=input_ids, labels=labels, pixel_values_videos=random_pixels(num_frames))
+    return dict(input_ids=input_ids, labels=labels, pixel_values_videos=random_pixels(num_frames, side))
 
 
 def gradients(model, batch) -> dict:

@@ -8,6 +8,8 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from quantization import why_not
 from references import (
     ENCODER,
     IMAGE_PLACEHOLDER,
@@ -29,10 +31,12 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    BitsAndBytesConfig,
     Mamba2Config,
     Mamba2Model,
     pipeline,
 )
+from video_step import video_batch
 
 from transformers_ma2mba import Ma2mbaConfig, Ma2mbaForVideoQA, Ma2mbaProcessor
 from transformers_ma2mba.checkpoints.published import to_published
@@ -166,6 +170,44 @@ def test_vision_weights_come_from_the_encoder_under_zero3(encoders):
     loaded = torch.load(files[-1])
     assert loaded.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(loaded[name], expected[name])] == []
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_weights_in_4_bits(encoders):
+    config = authors_config(str(encoders / "siglip"))
+    weights = authors_weights(config)
+    write_checkpoint(encoders / "whole", config, weights)
+    write_checkpoint(encoders / "part", config, {key: w for key, w in weights.items() if "vision_tower" not in key})
+    four_bits = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModel.from_pretrained(encoders / "whole", quantization_config=BitsAndBytesConfig(**four_bits))
+    model.save_pretrained(encoders / "saved")
+    batch = video_batch(model.config, side=SIDE)
+    assert torch.equal(AutoModel.from_pretrained(encoders / "saved")(**batch).logits, model(**batch).logits)
+    with pytest.raises(ValueError, match="siglip', which cannot be quantized while it loads: convert the checkpoint"):
+        AutoModel.from_pretrained(encoders / "part", quantization_config=BitsAndBytesConfig(**four_bits))
+    skip = ["model.vision_tower", "lm_head"]
+    quantization = BitsAndBytesConfig(**four_bits, llm_int8_skip_modules=skip)
+    model = AutoModel.from_pretrained(encoders / "part", quantization_config=quantization)
+    encoder = AutoModel.from_pretrained(encoders / "part").model.vision_tower
+    for name, parameter in encoder.named_parameters():
+        assert torch.equal(model.model.vision_tower.get_parameter(name), parameter)
+
+
+def test_adapters_of_a_checkpoint_without_vision_weights(encoders, tmp_path):
+    """The adapters come on top of the vision encoder's own weights, and those of the checkpoint are checked."""
+    config = authors_config(str(encoders / "siglip"))
+    weights = {key: weight for key, weight in authors_weights(config).items() if "vision_tower" not in key}
+    write_checkpoint(encoders / "part", config, weights)
+    model = AutoModel.from_pretrained(encoders / "part")
+    targets = dict(target_modules="all-linear", exclude_modules=model.unused_modules())
+    adapted = get_peft_model(model, LoraConfig(init_lora_weights=False, **targets)).eval()
+    adapted.save_pretrained(tmp_path)
+    batch = video_batch(model.config, side=SIDE)
+    assert_close(AutoModel.from_pretrained(tmp_path)(**batch).logits, adapted(**batch).logits, **LOGITS)
+    del weights["backbone.norm_f.weight"]
+    write_checkpoint(encoders / "part", config, weights)
+    with pytest.raises(ValueError, match="Missing in the files: backbone.norm_f.weight"):
+        AutoModel.from_pretrained(tmp_path)
 
 
 def test_another_vision_encoder_when_loading(encoders, tmp_path):

@@ -123,6 +123,9 @@ class LlavaMambaForVideoQA(Ma2mbaForVideoQA):
             config = AutoConfig.from_pretrained(config or name, **_hub_options(kwargs, *_PLACE_OPTIONS))
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # they are in the error
+        # Adapters come last: Transformers would report on their weights alone, and the vision encoder may be missing.
+        adapter_options = kwargs.pop("adapter_kwargs", None) or {}
+        adapter, adapter_name = adapter_options.pop("_adapter_model_path", None), kwargs.pop("adapter_name", "default")
         with _without_loading_report(), _naming_broken_files(name, _hub_options(kwargs, *_PLACE_OPTIONS)):
             model, info = super().from_pretrained(
                 name, *model_args, config=config.plain(), output_loading_info=True, **kwargs
@@ -145,6 +148,8 @@ class LlavaMambaForVideoQA(Ma2mbaForVideoQA):
             if strict:
                 raise ValueError(message)
             warnings.warn(message, UserWarning, stacklevel=2)
+        if adapter is not None:
+            model.load_adapter(adapter, adapter_name=adapter_name, adapter_kwargs=adapter_options)
         return (model, info) if wants_info else model
 
 
@@ -273,6 +278,12 @@ def _load_vision_encoder(model: Ma2mbaForVideoQA, name: str, hub_options: dict) 
         raise ValueError(
             f"The vision encoder comes from {name!r}, which cannot be spread over devices while it loads: keep "
             "model.vision_tower off the disk in device_map."
+        )
+    if any(type(module).__module__.startswith("bitsandbytes") for module in tower.modules()):
+        raise ValueError(
+            f"The vision encoder comes from {name!r}, which cannot be quantized while it loads: convert the "
+            "checkpoint with `transformers-ma2mba convert` first, or set llm_int8_skip_modules to "
+            "['model.vision_tower', 'lm_head']."
         )
     what_to_do = (
         "The checkpoint has no weights of the vision encoder, since it was not trained. Pass mm_vision_tower=, or set "
