@@ -5,7 +5,6 @@ import re
 from dataclasses import dataclass, field
 
 import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig
 
 
@@ -64,6 +63,8 @@ def add_adapters(model, args: AdapterArguments, frozen: list[str]):
         )
     if not args.lora:
         return model
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training  # training needs PEFT only here
+
     if os.path.isdir(model.name_or_path):  # the adapters' folder names the checkpoint that they belong to
         model.name_or_path = os.path.abspath(model.name_or_path)
     if args.load_in_4bit:  # checkpointing is up to the Trainer
