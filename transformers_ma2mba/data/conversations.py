@@ -8,7 +8,7 @@ from ..video import Clip
 from .broken_samples import sample_name
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_PLACEHOLDER = re.compile("(<video>|<image>)")
+PLACEHOLDER = re.compile("(<video>|<image>)")
 
 
 def conversation_to_messages(row: dict, folder: str | os.PathLike = "") -> list[dict]:
@@ -36,7 +36,7 @@ def conversation_to_messages(row: dict, folder: str | os.PathLike = "") -> list[
     blocks = {kind: _blocks(row, kind, folder) for kind in ("video", "image")}
     if any(blocks.values()) and not questions:
         raise ValueError(f"Row {sample_name(row)} has a video or an image, but no turn of a human to put it into.")
-    contents = [_PLACEHOLDER.split(turn["value"]) for turn in turns]
+    contents = [PLACEHOLDER.split(turn["value"]) for turn in turns]
     in_front = [[] for _ in turns]
     for kind, own in blocks.items():
         # Lists of videos often say <image>.
@@ -88,7 +88,7 @@ def _joined(items: list[str | dict]) -> list[dict]:
         if isinstance(item, str):
             text += item
             continue
-        text = without_placeholders(text, _PLACEHOLDER).strip()
+        text = without_placeholders(text, PLACEHOLDER).strip()
         if text or (item is None and not content):
             content.append({"type": "text", "text": text})
         if item is not None:

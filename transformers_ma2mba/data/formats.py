@@ -78,11 +78,6 @@ def is_answer_record(record) -> bool:
     return isinstance(record, Mapping) and {"answer", "question_id"} <= record.keys() and "question" not in record
 
 
-def without_placeholders(text: str) -> str:
-    """Remove `<video>` and `<image>` from the text of a turn."""
-    return text.replace("<video>", "").replace("<image>", "").strip()
-
-
 def _conversation(record: dict, find: Find) -> list[dict]:
     return [_row(record, _turns(record), find)]
 
@@ -271,7 +266,7 @@ def _turns(record: dict) -> list[dict]:
     if not isinstance(turns, (list, tuple)) or not turns:
         raise ValueError(f"`conversations` must be a list of turns, got {_short(turns)}.")
     for turn in turns:
-        if not isinstance(turn, Mapping) or turn.get("from") not in ROLES or _is_missing(turn.get("value")):
+        if not isinstance(turn, Mapping) or str(turn.get("from")) not in ROLES or _is_missing(turn.get("value")):
             raise ValueError(f"The turn {_short(turn)} must have `from`, human or gpt, and `value`, a text.")
     return [{"from": ROLES[turn["from"]], "value": _text(turn["value"], "value", strip=False)} for turn in turns]
 

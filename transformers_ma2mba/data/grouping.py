@@ -15,7 +15,7 @@ from itertools import groupby
 
 import numpy as np
 
-from .formats import without_placeholders
+from .conversations import PLACEHOLDER, without_placeholders
 
 
 def merge_adjacent(rows: Iterable[dict], group: bool, interleave: bool) -> Iterator[dict]:
@@ -96,7 +96,7 @@ def _merge_questions(rows: list[dict]) -> dict:
     turns, asked = [turn for turn in rows[0]["conversations"] if turn["from"] == "system"], set()
     for number, row in enumerate(rows):
         for exchange in _exchanges(row["conversations"]):
-            text = tuple(without_placeholders(turn["value"]) for turn in exchange)
+            text = tuple(without_placeholders(turn["value"], PLACEHOLDER).strip() for turn in exchange)
             if text not in asked:
                 # The video stands where the first row has it, or before the first question.
                 turns += (

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 
-from ..version import __version__
 from .broken_samples import BrokenSamples
 from .formats import is_answer_record, rows_of
 from .grouping import merge_adjacent, merge_all
@@ -134,7 +133,7 @@ def _load(library, arguments: dict, broken: BrokenSamples | None):
     states = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, paths)]
     found_since = []
     while True:
-        name = library.fingerprint.Hasher.hash([_FORMAT, __version__, arguments, states, found_since])
+        name = library.fingerprint.Hasher.hash([_FORMAT, arguments, states, found_since])
         rows = _read(library, _rows_and_footer, arguments, name)
         footer = json.loads(rows[-1]["footer"])
         media = _MediaOf(arguments["folder"])

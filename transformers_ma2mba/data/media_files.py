@@ -36,12 +36,12 @@ class MediaFiles:
         list_folder: the folder of the list.
 
     Attributes:
-        unfound: the names of files that do not exist, at most 10,000.
+        unfound: the names of files that do not exist as keys, at most 10,000.
     """
 
     def __init__(self, folder: str | None, list_folder: str):
         self.bases = (folder,) if folder is not None else (list_folder, os.path.dirname(list_folder))
-        self.unfound: list[tuple[str, ...]] = []
+        self.unfound: dict[tuple[str, ...], None] = {}  # an ordered set
         self._search = lru_cache(2**16)(self._search)
         self._names_in = lru_cache(2**10)(self._names_in)
         self._all_paths: dict[str, list[str]] | None = None
@@ -56,7 +56,7 @@ class MediaFiles:
             if (path := name if "://" in name else self._search(name)) is not None:
                 return path
         if len(self.unfound) < _MOST_UNFOUND:
-            self.unfound.append(names)
+            self.unfound[names] = None
         return os.path.join(self.bases[0], names[0])
 
     def _search(self, name: str) -> str | None:

@@ -23,7 +23,8 @@ def read_records(path: str | os.PathLike) -> Iterator[tuple[int, object]]:
 
     The form is recognised by the content: a JSON list, JSON Lines, one JSON object (each of its items is a record if
     all their values are objects), or Parquet; text also compressed by gzip. Rows count from 1; in JSON Lines a row is
-    a line. Text is UTF-8, with or without a byte order mark; other bytes become lone surrogates, or an error. NaN and Infinity become None.
+    a line. Text is UTF-8, with or without a byte order mark; in a list, other bytes become lone surrogates. NaN and
+    Infinity become None.
 
     Raises:
         OSError: if the file cannot be opened.
