@@ -16,7 +16,7 @@ import torch
 from dataset_records import DATA_SETS, turns
 from PIL import Image
 from torch.utils.data import DataLoader
-from video_files import index_video_bytes
+from video_files import index_frame, index_video_bytes
 
 from transformers_ma2mba import BrokenSamples, DataCollatorForVideoQA, load_rows, read_video
 from transformers_ma2mba.data import lists
@@ -379,3 +379,24 @@ def test_interleaved_segments_go_through_the_collator(tmp_path, film, processor)
 def frames_of(film: bytes, second: int):
     frames, _ = read_video(film)
     return frames[second : second + 1]
+
+
+def test_a_folder_of_frames_is_a_film(tmp_path, processor):
+    """MVBench has one with three frames per second."""
+    folder = tmp_path / "tvqa" / "friends_s01"
+    folder.mkdir(parents=True)
+    for i in range(12):
+        Image.fromarray(index_frame(i)).save(folder / f"{i:05d}.jpg", quality=95)
+    record = {"video": "friends_s01", "question": "Who?", "candidates": ["I", "you"], "answer": "I", "fps": 3}
+    path = write_list(tmp_path / "episodic_reasoning.json", [record, {**record, "start": 1, "end": 3}])
+    whole, clip = load_rows(path)
+    assert (whole["video"], whole["fps"]) == ([str(folder)], 3.0)
+    collator = DataCollatorForVideoQA(processor)
+    for row, shown in ((whole, [0, 3, 6, 9]), (clip, [3, 6])):
+        frames = [np.asarray(Image.open(folder / f"{i:05d}.jpg")) for i in shown]
+        expected = processor.video_processor([np.stack(frames)])["pixel_values_videos"]
+        pixels = collator([row])["pixel_values_videos"]
+        assert pixels.shape == expected.shape
+        assert (pixels.int() - expected.int()).abs().max() <= 8  # two decoders of JPEG
+    with pytest.raises(ValueError, match="is a directory: give the path of one video file, or `fps`"):
+        collator([{**whole, "fps": None}])

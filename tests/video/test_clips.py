@@ -6,9 +6,11 @@ import math
 import av
 import numpy as np
 import pytest
+from PIL import Image
 from test_reader import STEPPED, overwrite_packets
-from video_files import moving_frames, read_index, write_index_video, write_video
+from video_files import index_frame, moving_frames, read_index, write_index_video, write_video
 
+from transformers_ma2mba.video import FrameFolder
 from transformers_ma2mba.video import reader as video_reader
 from transformers_ma2mba.video.reader import VideoReadError, iter_frames, read_video
 
@@ -203,3 +205,38 @@ def test_lack_of_resources_is_not_the_films_fault(error, tmp_path, monkeypatch):
     with pytest.raises(type(error)) as caught:
         read_video(tmp_path / "film.mp4")
     assert caught.value is error
+
+
+def write_frames(folder, names):
+    folder.mkdir()
+    for i, name in enumerate(names):
+        Image.fromarray(index_frame(i)).save(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["frames", "100% [a] *?"])
+@pytest.mark.parametrize("fps, shown", [(3, [0, 3, 6, 9]), (1, list(range(10))), (0.5, [i // 2 for i in range(20)])])
+def test_a_folder_of_frames(name, fps, shown, tmp_path):
+    folder = write_frames(tmp_path / name, [f"{i:03d}.png" for i in range(10)])
+    (folder / "notes.txt").write_text("no frame")
+    film = FrameFolder(str(folder), fps)
+    assert [read_index(frame) for _, frame in iter_frames(film)] == shown
+    times = [(time, read_index(frame)) for time, frame in iter_frames(film, start=2, end=4)]
+    assert times == [(2, shown[2]), (3, shown[3])]
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["1.png", "2.png", "10.png"], "frames are not in the order of their names: give them leading zeros"),
+        (["1.png", "2.jpg"], r"must have images of one kind, .jpg or .png; got \['.jpg', '.png'\]"),
+        ([], r"must have images of one kind, .jpg or .png; got \[\]"),
+    ],
+    ids=["order", "kinds", "empty"],
+)
+def test_folders_that_are_no_film(names, message, tmp_path):
+    folder = write_frames(tmp_path / "frames", names)
+    with pytest.raises(VideoReadError, match=message):
+        list(iter_frames(FrameFolder(str(folder), 3)))
+    with pytest.raises(VideoReadError, match="nowhere could not be opened"):
+        list(iter_frames(FrameFolder(str(tmp_path / "nowhere"), 3)))

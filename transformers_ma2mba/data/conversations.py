@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 
-from ..video import Clip
+from ..video import Clip, FrameFolder
 from .broken_samples import sample_name
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -18,7 +18,8 @@ def conversation_to_messages(row: dict, folder: str | os.PathLike = "") -> list[
         row: a dictionary with `conversations`, turns with `from` ("human" or "gpt") and `value`, and perhaps
             - `video` or `image`: a path, or a list of paths;
             - `start` and `end`: the seconds at which a clip of the video starts and ends, each a number, or a list
-              with a number or None for each video.
+              with a number or None for each video;
+            - `fps`: the frames per second of a video that is a folder of images.
         folder: the folder of relative paths.
 
     Returns:
@@ -104,6 +105,8 @@ def _blocks(row: Mapping, kind: str, folder) -> list[dict]:
     if not all(isinstance(path, (str, os.PathLike)) for path in paths):
         raise ValueError(f"Row {sample_name(row)} has the {kind} {row[kind]!r}: give a path or a list of paths.")
     paths = [path if "://" in path else os.path.join(folder, path) for path in map(os.fspath, paths)]
+    if kind == "video" and row.get("fps"):
+        paths = [FrameFolder(path, row["fps"]) if os.path.isdir(path) else path for path in paths]
     blocks = [{"type": kind, "path": path} for path in paths]
     if kind == "video":
         for name in ("start", "end"):

@@ -5,6 +5,7 @@ from .frames import (
     Clip,
     EncodedFrames,
     FittedFrames,
+    FrameFolder,
     Picture,
     as_list_of_videos,
     frames_to_tensor,

@@ -43,6 +43,22 @@ class Clip:
         return not self.start and self.end is None
 
 
+@dataclass(frozen=True)
+class FrameFolder(os.PathLike):
+    """A film as a folder of images, one for each frame, in the order of their names.
+
+    Args:
+        path: the folder.
+        fps: frames per second.
+    """
+
+    path: str
+    fps: float
+
+    def __fspath__(self) -> str:
+        return self.path
+
+
 @dataclass(frozen=True, eq=False)
 class FittedFrames:
     """Frames that a video processor has resized and cropped already, and does not resize or crop again.

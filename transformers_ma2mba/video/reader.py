@@ -6,9 +6,11 @@ stay in memory. FFmpeg decodes, through PyAV.
 """
 
 import errno
+import glob
 import io
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from transformers.utils.logging import tqdm
 
-from .frames import Clip
+from .frames import Clip, FrameFolder
 
 Source = str | os.PathLike | bytes | BinaryIO
 Transform = Callable[[np.ndarray], np.ndarray]
@@ -424,6 +426,12 @@ def _open_clip(clip: Clip, frame_rate: float, *options) -> Iterator[_Film]:
 @contextmanager
 def _open(source: Source, format=None, options=None, timeout=None) -> Iterator[_Film]:
     """Open a film, and close it at the end."""
+    if isinstance(source, FrameFolder):
+        source, format, options = (
+            _frame_pattern(source),
+            "image2",
+            {"pattern_type": "glob", "framerate": str(source.fps)},
+        )
     file, name = (source, source) if format is not None and isinstance(source, str) else _file_and_name(source)
     try:
         container = av.open(file, mode="r", format=format, options=options, timeout=timeout, metadata_errors="ignore")
@@ -440,6 +448,23 @@ def _open(source: Source, format=None, options=None, timeout=None) -> Iterator[_
         yield _Film(container, name, can_seek=format is None and _can_seek(file))
 
 
+def _frame_pattern(folder: FrameFolder) -> str:
+    """The pattern of the images of a folder, for FFmpeg."""
+    try:
+        names = sorted(name for name in os.listdir(folder) if name.lower().endswith((".jpg", ".jpeg", ".png")))
+    except OSError as error:
+        raise VideoReadError(f"{folder.path} could not be opened ({_reason(error)}): check access to it.") from error
+    suffixes = {os.path.splitext(name)[1] for name in names}
+    if len(suffixes) != 1:
+        raise VideoReadError(f"{folder.path} must have images of one kind, .jpg or .png; got {sorted(suffixes)}.")
+    numbers = [[int(number) for number in re.findall(r"\d+", name)] for name in names]
+    if numbers != sorted(numbers):
+        raise VideoReadError(
+            f"The frames in {folder.path} are not in the order of their names: give them leading zeros."
+        )
+    return os.path.join(glob.escape(os.path.abspath(folder)), "*" + suffixes.pop())
+
+
 def _file_and_name(source: Source) -> tuple[str | BinaryIO, str]:
     """Return the argument for PyAV, and the name for messages."""
     if isinstance(source, (str, os.PathLike)):
@@ -447,7 +472,7 @@ def _file_and_name(source: Source) -> tuple[str | BinaryIO, str]:
         if "://" in path:
             return path, path
         if os.path.isdir(path):
-            raise VideoReadError(f"{path} is a directory: give the path of one video file.")
+            raise VideoReadError(f"{path} is a directory: give the path of one video file, or `fps` if it has frames.")
         if not os.path.exists(path):
             raise FileNotFoundError(f"There is no file {path}: check its path.")
         if os.path.isfile(path) and os.path.getsize(path) == 0:
