@@ -1,6 +1,7 @@
 """Reports on lists: lengths as training has them, and what is wrong, without training."""
 
 import pytest
+from PIL import Image
 from tiny import tiny_config, tiny_processor
 from video_files import index_video_bytes
 
@@ -33,12 +34,17 @@ def check(processor, rows, **options):
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["header", "decoded"])
-def test_lengths_are_those_of_the_batches(processor, film, whole):
+def test_lengths_are_those_of_the_batches(processor, film, tmp_path, whole):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for index in range(6):
+        Image.new("RGB", (64, 64), (40 * index, 0, 0)).save(folder / f"{index:03d}.jpg")
     rows = [
         {"id": "film", "video": film, "conversations": turns()},
         {"id": "clip", "video": film, "start": 1.5, "end": 4, "conversations": turns()},
         {"id": "two clips", "video": [film, film], "start": [0, 2], "end": [2, 9], "conversations": turns()},
         {"id": "text", "conversations": turns("Why?", "because")},
+        {"id": "frames", "video": str(folder), "fps": 3, "conversations": turns()},
     ]
     report = check(processor, rows, whole=whole)
     collator = DataCollatorForVideoQA(processor)
@@ -47,11 +53,12 @@ def test_lengths_are_those_of_the_batches(processor, film, whole):
         "clip, start 1.5, end 4",
         "two clips, start 0, 2, end 2, 9",
         "text",
+        "frames",
     ]
     assert [length.tokens for length in report.lengths] == [collator([row])["input_ids"].shape[1] for row in rows]
-    assert [length.seconds for length in report.lengths] == [5, 2.5, 5, 0]
-    assert [length.frames for length in report.lengths] == [5, 3, 5, 0]
-    assert (report.num_answers, report.num_videos, report.num_images) == (4, 1, 0)
+    assert [length.seconds for length in report.lengths] == [5, 2.5, 5, 0, 2]
+    assert [length.frames for length in report.lengths] == [5, 3, 5, 0, 2]
+    assert (report.num_answers, report.num_videos, report.num_images) == (5, 2, 0)
     assert report.longest.tokens == max(length.tokens for length in report.lengths)
     assert not report.broken and not report.notes
 

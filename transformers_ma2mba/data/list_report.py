@@ -95,7 +95,7 @@ def check_rows(
             continue
         messages_of_rows.append((row, messages))
     files = _examine(messages_of_rows, fps, whole)
-    report.notes = [(path, note) for (_, path), file in files.items() for note in file.notes]
+    report.notes = [(os.fspath(path), note) for (_, path), file in files.items() for note in file.notes]
     used = set()
     for row, messages in messages_of_rows:
         blocks = files_in(messages)
