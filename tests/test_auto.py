@@ -256,3 +256,15 @@ def test_unused_layers_stay_frozen_after_loading(model, checkpoint):
     loaded = AutoModel.from_pretrained(checkpoint)
     assert frozen and frozen == {name for name, parameter in loaded.named_parameters() if not parameter.requires_grad}
     assert all("layers.2." in name or "post_layernorm" in name for name in frozen)
+
+
+def test_importing_the_package_does_not_import_the_trainer_and_its_neighbours():
+    code = "import sys, transformers_ma2mba; print(*{'peft', 'datasets', 'transformers.trainer'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def test_every_public_name_exists():
+    for name in transformers_ma2mba.__all__:
+        getattr(transformers_ma2mba, name)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        transformers_ma2mba.nonsense  # noqa: B018

@@ -24,7 +24,6 @@ from .modeling_ma2mba import Ma2mbaForVideoQA, Ma2mbaModel
 from .pipeline_video_question_answering import VideoQuestionAnsweringPipeline
 from .processing_ma2mba import Ma2mbaProcessor
 from .session import StateFileError, VideoChat, VideoSession, VideoStreamError
-from .training import StopAtNonFinite, TrainingMeter, last_whole_checkpoint, parameter_groups
 from .version import __version__
 from .video import VideoReadError, iter_frames, probe, read_video
 from .video_processing_ma2mba import Ma2mbaVideoProcessor
@@ -64,3 +63,13 @@ __all__ = [
     "rows_of",
     "sample_name",
 ]
+
+
+def __getattr__(name: str):
+    """Import the names for the Trainer when they are first used: they bring in PEFT and more, which takes a while."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .training import StopAtNonFinite, TrainingMeter, last_whole_checkpoint, parameter_groups
+
+    names = (StopAtNonFinite, TrainingMeter, last_whole_checkpoint, parameter_groups)
+    return {value.__name__: value for value in names}[name]
