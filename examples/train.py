@@ -4,9 +4,12 @@
         --validation_file validation.json --output_dir trained --eval_strategy epoch
     accelerate launch examples/train.py recipe.yaml --output_dir trained
 
-Data files are lists in the LLaVA-Video format: rows of `video` (a path, relative to the list's folder) and
-`conversations`. All options of `transformers.TrainingArguments` work. A recipe, such as those in `examples/recipes`,
-holds options by name; options on the command line override it.
+`--train_file` takes lists in any format of `transformers_ma2mba.load_rows`: JSON, JSON Lines or Parquet files, folders
+and patterns. Questions about one video are joined to one row, unless `--no_group` is given. A sample that cannot be
+read is left out and named at the end; `--strict` stops instead. `--streaming` reads the lists during training.
+
+All options of `transformers.TrainingArguments` work. A recipe, such as those in `examples/recipes`, holds options by
+name; options on the command line override it.
 
 A run that was killed, even while it saved, continues with `--resume_from_checkpoint last`: from the last whole
 checkpoint in `--output_dir`, to the same weights. A loss or gradient that is not finite stops the run and names the
@@ -37,12 +40,14 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks, is_tensorboard_available
 
 from transformers_ma2mba import (
+    BrokenSamples,
     DataCollatorForVideoQA,
     FrozenVisionFeatures,
     StopAtNonFinite,
     TrainingMeter,
     batches_by_tokens,
     last_whole_checkpoint,
+    load_rows,
     parameter_groups,
 )
 
@@ -52,11 +57,17 @@ class Arguments(AdapterArguments):
     """Options beside those of `TrainingArguments`."""
 
     model_name_or_path: str = field(metadata={"help": "The checkpoint to start from."})
-    train_file: str = field(metadata={"help": "A JSON list in the LLaVA-Video format."})
-    validation_file: str | None = field(default=None, metadata={"help": "The same, to measure accuracy on."})
+    train_file: list[str] = field(metadata={"help": "Lists of training data: files, folders or patterns."})
+    validation_file: list[str] | None = field(default=None, metadata={"help": "Lists to measure accuracy on."})
     video_folder: str | None = field(
-        default=None, metadata={"help": "The folder of relative paths (default: the list's)."}
+        default=None, metadata={"help": "The folder of relative paths (default: the list's, or its parent)."}
     )
+    no_group: bool = field(default=False, metadata={"help": "Keep questions about one video in rows of their own."})
+    interleave: bool = field(
+        default=False, metadata={"help": "Join a video's segments to one row, each before its caption."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read the lists during training; needs --max_steps."})
+    strict: bool = field(default=False, metadata={"help": "Stop at a sample that cannot be read."})
     keep_frames: bool = field(default=False, metadata={"help": "Keep decoded frames in memory, for small data sets."})
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "Names of modules to freeze, such as `vision_tower`."}
@@ -77,12 +88,12 @@ class Arguments(AdapterArguments):
 class EncodeFilms(TrainerCallback):
     """Encodes all films once the model has its final weights, data type and device, before worker processes start."""
 
-    def __init__(self, features: FrozenVisionFeatures, paths: list[str]):
-        self.features, self.paths = features, paths
+    def __init__(self, features: FrozenVisionFeatures, rows: list[dict], broken: BrokenSamples):
+        self.features, self.rows, self.broken = features, rows, broken
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Encode the films that are not kept yet."""
-        self.features.prepare(self.paths)
+        self.features.prepare(self.rows, broken_samples=self.broken)
 
 
 def parse_arguments(words: list[str]) -> tuple[Arguments, TrainingArguments]:
@@ -117,19 +128,33 @@ def option_words(value) -> list[str]:
     return [json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
-def load_rows(path: str | None, folder: str | None) -> list[dict] | None:
-    """Return the rows of a list, their paths relative to `folder` or else to the list's own folder."""
-    if path is None:
-        return None
-    start = Path(path).parent if folder is None else Path(folder)
+def check_streaming(args: Arguments, training_args: TrainingArguments):
+    """Prepare the arguments for rows that are read during training.
 
-    def resolve(paths):
-        if isinstance(paths, list):
-            return [resolve(path) for path in paths]
-        return str(start / paths) if isinstance(paths, str) and "://" not in paths else paths
+    Raises:
+        ValueError: if another option needs all rows, or the number of steps is missing.
+    """
+    if not args.streaming:
+        return
+    for name in ("tokens_per_batch", "keep_features"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} needs all rows before training: leave out --streaming.")
+    if training_args.max_steps <= 0:
+        raise ValueError("--streaming needs --max_steps, because the number of rows is unknown.")
+    # Each process reads its own rows, and their batches as they are; Accelerate would cut those of one process.
+    training_args.accelerator_config.dispatch_batches = False
+    training_args.accelerator_config.split_batches = False
 
-    rows = json.loads(Path(path).read_text())
-    return [{key: resolve(row[key]) if key in ("video", "image") else row[key] for key in row} for row in rows]
+
+def training_rows(args: Arguments, training_args: TrainingArguments, broken: BrokenSamples):
+    """Return the rows to train on."""
+    options = dict(folder=args.video_folder, group=not args.no_group, interleave=args.interleave, broken=broken)
+    if not args.streaming:
+        with training_args.main_process_first(desc="reading the lists"):
+            return load_rows(args.train_file, **options)
+    # The lists may give the processes different numbers of rows. None of them may come to an end before the others.
+    rows = load_rows(args.train_file, streaming=True, **options).repeat(None)
+    return rows.shuffle(seed=training_args.seed, buffer_size=1000)
 
 
 def freeze(model, names: list[str]):
@@ -173,12 +198,6 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     return checkpoint
 
 
-def videos_of(rows: list[dict] | None) -> list[str]:
-    """Return the paths of all videos of a list."""
-    videos = [row.get("video") or [] for row in rows or []]
-    return [path for paths in videos for path in (paths if isinstance(paths, list) else [paths])]
-
-
 def answer_accuracy(prediction) -> dict[str, float]:
     """Return the share of answers whose tokens, with the end token, are all the most likely ones.
 
@@ -190,14 +209,15 @@ def answer_accuracy(prediction) -> dict[str, float]:
         positions = np.flatnonzero(labels[1:] != -100)
         matches = labels[1:][positions] == predicted[: len(positions)]
         answers = np.split(matches, np.flatnonzero(np.diff(positions) > 1) + 1)
-        right += [answer.all() for answer in answers]
-    return {"accuracy": float(np.mean(right))}
+        right += [answer.all() for answer in answers if len(answer)]  # a broken sample has none
+    return {"accuracy": float(np.mean(right)) if right else 0.0}
 
 
 def main():
     args, training_args = parse_arguments(sys.argv[1:])
     training_args.remove_unused_columns = False  # the collator needs the paths
     training_args.dataloader_pin_memory &= not training_args.use_cpu
+    check_streaming(args, training_args)
     set_seed(training_args.seed)
 
     model = AutoModel.from_pretrained(args.model_name_or_path, **loading_options(args, training_args.device))
@@ -205,12 +225,15 @@ def main():
     freeze(model, args.freeze)
     model = add_adapters(model, args, args.freeze)
 
-    train_rows, validation_rows = (
-        load_rows(path, args.video_folder) for path in (args.train_file, args.validation_file)
-    )
-    batches, features = train_rows, None
+    broken = BrokenSamples(Path(training_args.output_dir) / "broken_samples.jsonl", args.strict)
+    rows, validation_rows, features = training_rows(args, training_args, broken), None, None
+    if args.validation_file:
+        validation_rows = load_rows(args.validation_file, args.video_folder, broken=broken)
+    batches = rows
     if args.tokens_per_batch is not None:
-        batches = batches_by_tokens(train_rows, processor, args.tokens_per_batch, seed=training_args.seed)
+        batches = batches_by_tokens(
+            rows, processor, args.tokens_per_batch, seed=training_args.seed, broken_samples=broken
+        )
         training_args.per_device_train_batch_size = 1  # each item is a batch already
     if args.keep_features is not None:
         folder = None if args.keep_features == "memory" else args.keep_features
@@ -224,15 +247,22 @@ def main():
         args=training_args,
         train_dataset=batches,
         eval_dataset=validation_rows,
-        data_collator=DataCollatorForVideoQA(processor, keep_frames=args.keep_frames, vision_features=features),
+        data_collator=DataCollatorForVideoQA(
+            processor, keep_frames=args.keep_frames, vision_features=features, broken_samples=broken
+        ),
         processing_class=processor,
         compute_metrics=answer_accuracy,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
         optimizer_cls_and_kwargs=grouped_optimizer(model, training_args, args.vision_learning_rate),
         callbacks=[StopAtNonFinite(), TrainingMeter(), *reporters],
     )
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and "optimizer" in plugin.deepspeed_config:
+        raise ValueError(
+            "DeepSpeed's configuration has an `optimizer`, which would replace that of the options: remove it."
+        )
     if features is not None:
-        trainer.add_callback(EncodeFilms(features, videos_of(train_rows) + videos_of(validation_rows)))
+        trainer.add_callback(EncodeFilms(features, [*rows, *(validation_rows or [])], broken))
     try:
         trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
     except FloatingPointError as error:
@@ -243,6 +273,8 @@ def main():
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    if training_args.process_index == 0:
+        print(broken.summary())
 
 
 if __name__ == "__main__":

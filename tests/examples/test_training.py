@@ -13,7 +13,7 @@ import pytest
 import torch
 import train
 from safetensors.torch import load_file
-from tiny import EXAMPLES, ROOT
+from tiny import EXAMPLES, ROOT, tiny_config, tiny_model
 from torch.testing import assert_close
 from transformers import AutoModel, AutoProcessor, TrainerCallback, pipeline
 
@@ -204,6 +204,68 @@ def test_tensorboard_is_the_default(demo, monkeypatch, capsys):
     assert "TensorBoard" not in capsys.readouterr().out
 
 
+def test_broken_samples_are_left_out_and_named(demo, monkeypatch, capsys):
+    rows = json.loads((demo / "train.json").read_text())[:4]
+    (demo / "cut.mp4").write_bytes((demo / rows[1]["video"]).read_bytes()[:500])
+    rows[1]["video"], rows[2]["video"] = "cut.mp4", "missing.mp4"
+    rows.append({"video": rows[0]["video"], "conversations": "Who?"})
+    (demo / "broken.json").write_text(json.dumps(rows))
+    options = dict(train_file=demo / "broken.json", validation_file=demo / "broken.json", max_steps=8)
+    options |= dict(per_device_train_batch_size=1, eval_strategy="no", save_strategy="no")
+    with pytest.warns(UserWarning, match="is left out"):
+        train_here(monkeypatch, *arguments(demo, demo / "left_out", **options))
+    printed = capsys.readouterr().out
+    assert "3 broken samples were left out:" in printed and "broken.json, row 5" in printed
+    entries = (demo / "left_out" / "broken_samples.jsonl").read_text().splitlines()
+    assert len(entries) == 3 and sum("cut.mp4" in entry for entry in entries) == 1
+    assert json.loads((demo / "left_out" / "eval_results.json").read_text())["eval_accuracy"] < 1
+    with pytest.raises(ValueError, match="broken.json, row 5"):
+        train_here(monkeypatch, *arguments(demo, demo / "strict", **options, strict=True))
+
+
+def test_lists_may_be_streamed(demo, monkeypatch):
+    """Each of two processes has a list of its own, and neither of them comes to its end."""
+    rows = json.loads((demo / "train.json").read_text())
+    for name, some in (("short", rows[:2]), ("long", rows[2:8])):
+        (demo / f"{name}.json").write_text(json.dumps(some))
+    words = [word for word in arguments(demo, demo / "streamed", streaming=True) if "train_file" not in word]
+    words += ["--train_file", f"{demo}/short.json", f"{demo}/long.json", "--eval_strategy=no"]
+    train_here(monkeypatch, *words)
+    assert len(logged(demo / "streamed", "loss")) == 4
+    args, training_args = train.parse_arguments(words)
+    train.check_streaming(args, training_args)
+    config = training_args.accelerator_config
+    assert config.dispatch_batches is False and config.split_batches is False
+    streamed = train.training_rows(args, training_args, None)
+    videos = [{row["video"][0] for row, _ in zip(streamed.shard(2, i), range(30), strict=False)} for i in (0, 1)]
+    assert sorted(map(len, videos)) == [2, 6] and not videos[0] & videos[1]
+
+
+def test_streaming_needs_a_number_of_steps_and_no_more(demo):
+    words = arguments(demo, demo / "streamed", streaming=True)
+    with pytest.raises(ValueError, match="--streaming needs --max_steps"):
+        train.check_streaming(*train.parse_arguments([*words, "--max_steps=-1"]))
+    for option in ("tokens_per_batch=100", "keep_features=memory"):
+        with pytest.raises(ValueError, match=f"--{option.partition('=')[0]} needs all rows"):
+            train.check_streaming(*train.parse_arguments([*words, f"--{option}"]))
+
+
+def test_rows_are_grouped_or_interleaved(tmp_path):
+    def turns(value):
+        return [{"from": "human", "value": "What?"}, {"from": "gpt", "value": value}]
+
+    rows = [{"video": "a.mp4", "start": i, "end": i + 1, "conversations": turns(f"{i}")} for i in (1, 0)]
+    rows += [{"video": "b.mp4", "conversations": turns(value)} for value in ("red", "blue")]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    words = ["--model_name_or_path=a", f"--train_file={tmp_path / 'list.json'}", f"--output_dir={tmp_path}"]
+
+    def load(*options):
+        return train.training_rows(*train.parse_arguments([*words, *options]), None)
+
+    assert len(load()) == 3 and len(load("--no_group")) == 4
+    assert sorted(len(row["video"]) for row in load("--interleave")) == [1, 2]
+
+
 def test_films_of_any_length_train_in_batches_of_tokens(demo, monkeypatch):
     """Kept features, in memory or in a folder, give the weights that frames give."""
     options = dict(train_file=demo / "train_hours.json", freeze="vision_tower", tokens_per_batch=300, max_steps=3)
@@ -263,15 +325,6 @@ def test_accuracy_counts_answers_with_a_right_end():
     assert train.answer_accuracy(Prediction) == {"accuracy": pytest.approx(2 / 3)}
 
 
-def test_paths_are_relative_to_their_list(tmp_path):
-    rows = [{"video": "a.mp4"}, {"image": ["b.png", "https://host/c.png"]}, {"video": None}]
-    (tmp_path / "list.json").write_text(json.dumps(rows))
-    beside = [{"video": f"{tmp_path}/a.mp4"}, {"image": [f"{tmp_path}/b.png", "https://host/c.png"]}, rows[2]]
-    assert train.load_rows(tmp_path / "list.json", None) == beside
-    assert train.load_rows(tmp_path / "list.json", "elsewhere")[0] == {"video": "elsewhere/a.mp4"}
-    assert train.load_rows(None, None) is None
-
-
 def test_command_line_overrides_a_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -279,7 +332,7 @@ def test_command_line_overrides_a_recipe(tmp_path):
         "use_cpu: true\nsave_strategy: 'no'\nactivation_checkpointing_kwargs: {offload: true}\neval_strategy:\n"
     )
     args, training_args = train.parse_arguments([str(recipe), "--train_file", "other.json", "--max_steps=3"])
-    assert (args.model_name_or_path, args.train_file) == ("a model", "other.json")
+    assert (args.model_name_or_path, args.train_file) == ("a model", ["other.json"])
     assert args.freeze == ["vision_tower", "lm_head"]
     assert (training_args.learning_rate, training_args.max_steps, training_args.use_cpu) == (1e-3, 3, True)
     assert training_args.activation_checkpointing_kwargs == {"offload": True}
@@ -311,3 +364,37 @@ def test_recipe_of_the_demo(recipe, expected):
     values = {name: value for part in parsed for name, value in vars(part).items()}
     expected = {"use_cpu": True, **expected}
     assert {name: values[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("stage", "parts", "rates", "global_batch"),
+    [
+        ("stage1", {"multi_modal_projector"}, [1e-3], 512),
+        ("stage1_5", {"multi_modal_projector", "language_model", "vision_tower"}, [4e-5, 4e-6], 32),
+        ("stage2", {"multi_modal_projector", "language_model", "vision_tower"}, [4e-5, 4e-6], 32),
+    ],
+)
+def test_recipe_of_the_paper(stage, parts, rates, global_batch):
+    """Table 6."""
+    words = ["--model_name_or_path=a", "--train_file=b", "--output_dir=c", "--use_cpu"]
+    args, training_args = train.parse_arguments([str(EXAMPLES / "recipes" / f"{stage}.yaml"), *words])
+    model = tiny_model(tiny_config())
+    train.freeze(model, args.freeze)
+    assert {name.split(".")[1] for name, parameter in model.named_parameters() if parameter.requires_grad} == parts
+    optimizer, options = train.grouped_optimizer(model, training_args, args.vision_learning_rate)
+    groups = options["params"]
+    assert issubclass(optimizer, torch.optim.AdamW) and options["betas"] == (0.9, 0.95)
+    assert list(dict.fromkeys(group.get("lr", options["lr"]) for group in groups)) == rates
+    assert {group["weight_decay"] for group in groups} == {0.05, 0.0}
+    assert 8 * training_args.train_batch_size * training_args.gradient_accumulation_steps == global_batch
+    assert (training_args.num_train_epochs, training_args.max_grad_norm) == (1, 1.0)
+    assert (training_args.lr_scheduler_type, training_args.get_warmup_steps(1000)) == ("cosine", 100)
+    assert training_args.bf16 and training_args.activation_checkpointing
+    assert args.interleave == (stage == "stage1_5") and not args.no_group
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "recipes").glob("stage*.yaml")), ids=lambda path: path.stem)
+def test_values_of_the_paper_have_their_source(path):
+    lines = path.read_text().partition("# Not in the paper.")[0].splitlines()
+    values = [line for line in lines if line and not line.startswith(("#", "gradient_accumulation_steps"))]
+    assert all("Table 6" in line or "§" in line for line in values)
