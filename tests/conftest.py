@@ -1,9 +1,12 @@
 """Fixtures: a tiny model, its processor, a checkpoint with both, and a film. No test reaches the network."""
 
 import os
+import tempfile
 
-# Transformers and PyTorch read these variables once, when they are imported. One thread is fastest for such small
-# models.
+# Libraries read these variables once, when they are imported. One thread is fastest for such small models. Rows of
+# lists are cached in a folder that goes when the tests end.
+_rows = tempfile.TemporaryDirectory(prefix="rows_")
+os.environ["HF_DATASETS_CACHE"] = _rows.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

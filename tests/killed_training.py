@@ -46,7 +46,7 @@ def arguments(folder: Path, kind: str, output_dir: Path) -> list[str]:
     options = dict(model_name_or_path=folder / "model", train_file=folder / "rows.json", output_dir=output_dir)
     options |= dict(num_train_epochs=2, per_device_train_batch_size=1, learning_rate=1e-3, logging_steps=1)
     options |= dict(save_strategy="steps", save_steps=2, save_total_limit=2, resume_from_checkpoint="last")
-    options |= dict(use_cpu=True, keep_frames=True, activation_checkpointing=True, disable_tqdm=True)
+    options |= dict(use_cpu=True, keep_frames=True, activation_checkpointing=True, disable_tqdm=True, no_group=True)
     return [f"--{name}={value}" for name, value in options.items()] + KINDS[kind]
 
 
@@ -207,7 +207,8 @@ def main(folder: str):
     torch.set_num_threads(1)
     folder = Path(folder)
     prepare(folder)
-    for name in ("bitsandbytes", "deepspeed", "torch.utils.tensorboard"):  # the Trainer would import them in each run
+    # Each run would import them again.
+    for name in ("bitsandbytes", "datasets", "deepspeed", "torch.utils.tensorboard"):
         importlib.import_module(name)
     gc.freeze()  # what a fork shares needs no collection
     report = {kind: chains(folder, kind, seed) for seed, kind in enumerate(KINDS)}

@@ -77,7 +77,7 @@ def trained(data):
     """A function from a config's name to the folder of its run."""
 
     def train(name):
-        if not (data / f"{name}_resumed" / "model.safetensors").exists():
+        if not (data / f"{name}_stopped" / "output.txt").exists():
             machines = on_cpus(name, data)["num_machines"]
             processes = [launch(name, data, machine_rank=rank) for rank in range(machines)]
             try:
@@ -88,6 +88,7 @@ def trained(data):
             for process, output in zip(processes, outputs, strict=True):
                 assert process.returncode == 0, output[-8000:]
                 assert "FutureWarning" not in output and "deprecat" not in output.lower(), output
+            (data / f"{name}_stopped" / "output.txt").write_text("".join(outputs))
         return data / name
 
     return train
@@ -142,6 +143,23 @@ def test_checkpoints_are_whole_until_a_file_is_missing(name, trained, tmp_path):
         path.rename(tmp_path / "away")
         assert last_whole_checkpoint(folder, processes) == str(folder / f"checkpoint-{STEPS - 1}"), path
         (tmp_path / "away").rename(path)
+
+
+@pytest.mark.parametrize("name", ["one_gpu", "zero1", "zero3", "fsdp2", "two_nodes"])
+def test_a_gradient_that_is_not_finite_stops_all_processes(name, trained):
+    """The first step has two batches of each process."""
+    stopped = trained(name).with_name(f"{name}_stopped")
+    files = [[0, 1, 2, 3]] if name == "one_gpu" else [[0, 2], [1, 3]]
+    named = [", ".join(str(stopped.parent / f"{number}.mp4") for number in numbers) for numbers in files]
+    sentence = f"Its files: {named[0]}."
+    if len(named) == 2:
+        sentence = f"Files of process 0: {named[0]}. Files of process 1: {named[1]}."
+    for rank in range(len(named)):
+        assert (
+            f"Process {rank} stopped: The gradients of step 1 are not finite, although its losses are: training stops "
+            f"and saves nothing more. {sentence}\n"
+        ) in (stopped / "output.txt").read_text()
+    assert not list(stopped.glob("checkpoint-*"))
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.iterdir()), ids=lambda path: path.stem)
