@@ -1,8 +1,8 @@
 """Run examples/train.py, once more from the last checkpoint but one, and again with a broken gradient.
 
 test_accelerate.py gives this to `accelerate launch`, because processes take longer to start than to train. The second
-run finds the newest checkpoint unfinished; its folder is named like the first one's, with `_resumed` at its end. In the
-third one, with `_stopped`, the last process has a gradient that is not finite, in its first batch.
+run finds the newest checkpoint unfinished; its folder is named like the first one's, with `_resumed` at its end. In
+the third one, with `_stopped`, the last process has a gradient that is not finite, in its first batch.
 """
 
 import runpy
