@@ -5,12 +5,12 @@ import tempfile
 
 # Libraries read these variables once, when they are imported. One thread is fastest for such small models. Rows of
 # lists are cached in a folder that goes when the tests end.
-_rows = tempfile.TemporaryDirectory(prefix="rows_")
-os.environ["HF_DATASETS_CACHE"] = _rows.name
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="rows_")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import logging
+import shutil
 
 import pytest
 from double_precision import compute_in_double
@@ -24,6 +24,10 @@ def pytest_configure(config):
     # caller from one of its own modules, so these warnings are errors too.
     for category in ("DeprecationWarning", "FutureWarning"):
         config.addinivalue_line("filterwarnings", f"error::{category}:transformers")
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 class DeprecationHandler(logging.Handler):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-import train_twice
+import train_three_times
 import yaml
 from tiny import EXAMPLES, ROOT, tiny_config, tiny_model, tiny_processor
 from torch.testing import assert_close
@@ -62,7 +62,7 @@ def launch(name: str, data, *words, machine_rank: int = 0) -> subprocess.Popen:
     options |= dict(adam_epsilon=1e-3)  # with less, Adam magnifies the smallest difference in rounding
     options |= dict(report_to="none", disable_tqdm=True, dataloader_pin_memory=False)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", data / f"{name}.yaml"]
-    command += ["--machine_rank", machine_rank, train_twice.__file__]
+    command += ["--machine_rank", machine_rank, train_three_times.__file__]
     command += [f"--{option}={value}" for option, value in options.items()] + list(words)
     folders = [ROOT / "tests" / "on_cpus", ROOT, ROOT / "tests", os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
