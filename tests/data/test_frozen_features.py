@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from comparison import assert_same
+from PIL import Image
 from safetensors import safe_open
 from tiny import lora, random_frames, tiny_config, tiny_model, tiny_processor
 from transformers import AutoModel, AutoProcessor
@@ -597,3 +598,27 @@ def test_no_warning_for_a_plain_use(model, processor, film, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         FrozenVisionFeatures(model, processor, tmp_path / "kept")(film)
+
+
+@pytest.mark.parametrize("in_folder", [False, True], ids=["memory", "folder"])
+def test_a_folder_of_frames_is_encoded(in_folder, model, processor, film, tmp_path, monkeypatch):
+    (tmp_path / "frames").mkdir()
+    for number, frame in enumerate(random_frames(6, 48, 48)):
+        Image.fromarray(frame).save(tmp_path / "frames" / f"{number}.png")
+    rows = [row | {"fps": fps} for fps in (2.0, 3.0) for row in rows_of(tmp_path / "frames", film)]
+    features = FrozenVisionFeatures(model, processor, tmp_path / "kept" if in_folder else None)
+    features.prepare(rows)
+    calls = count_encoded(features, monkeypatch)
+    collator = DataCollatorForVideoQA(processor, vision_features=features)
+    kept = [collator([row])["picture_indices_videos"].tolist() for row in rows]
+    if in_folder:
+        assert calls == []
+    assert kept[0] == [0, 1, 2] and kept[2] == [0, 1] and kept[1] == kept[3]
+    pixels = DataCollatorForVideoQA(processor)(rows[:1])["pixel_values_videos"]
+    batch = collator(rows[:1])
+    assert_same([batch["vision_features_videos"]], [model.model.get_vision_features(pixels)], tolerance=1e-5)
+    calls.clear()
+    stat = os.stat(tmp_path / "frames")
+    Image.fromarray(np.zeros((48, 48, 3), np.uint8)).save(tmp_path / "frames" / "0.png")
+    os.utime(tmp_path / "frames", ns=(stat.st_atime_ns, stat.st_mtime_ns))  # overwriting leaves the folder's time
+    assert not torch.equal(collator(rows[:1])["vision_features_videos"], batch["vision_features_videos"])

@@ -19,7 +19,7 @@ from transformers.utils.logging import tqdm
 
 from ..modeling_ma2mba import Ma2mbaModel
 from ..processing_ma2mba import Ma2mbaProcessor
-from ..video import Clip, EncodedFrames, VideoReadError, iter_frames
+from ..video import Clip, EncodedFrames, FrameFolder, VideoReadError, iter_frames
 from .broken_samples import BrokenSamples, sample_name
 from .conversations import conversation_to_messages, files_in
 from .vision_fingerprint import VisionFingerprint
@@ -98,7 +98,7 @@ class FrozenVisionFeatures:
         try:
             users = _users_of_clips(rows, folder, broken_samples)
             self._vision_fingerprint()  # workers need it even where there is no film to encode
-            clips = sorted(users, key=lambda clip: (clip.source, clip.start or 0, clip.end or math.inf))
+            clips = sorted(users, key=lambda clip: (os.fspath(clip.source), clip.start or 0, clip.end or math.inf))
             for clip in tqdm(clips[rank::world_size], desc="Encoding films", delay=2, disable=rank > 0):
                 if reason := self._reason_against(clip, users[clip], broken_samples):
                     failures[clip] = reason
@@ -140,7 +140,8 @@ class FrozenVisionFeatures:
             RuntimeError: if it is not kept yet, and this process cannot encode it.
             OSError: if its features cannot be written to the folder.
         """
-        clip = Clip(os.fspath(path), None if not start else float(start), None if end is None else float(end))
+        source = path if isinstance(path, FrameFolder) else os.fspath(path)
+        clip = Clip(source, None if not start else float(start), None if end is None else float(end))
         key = self._key(clip)
         if key is None:
             return self._encode(clip)
@@ -159,15 +160,18 @@ class FrozenVisionFeatures:
             return None
         try:
             stat = os.stat(clip.source)
+            frames = _states_of_frames(clip.source) if isinstance(clip.source, FrameFolder) else None
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"There is no file {clip.source}: check its path.") from error
+            raise FileNotFoundError(f"There is no file {os.fspath(clip.source)}: check its path.") from error
         except (OSError, ValueError) as error:
             raise VideoReadError(
-                f"{clip.source} could not be opened ({error}): check its path, and access to it."
+                f"{os.fspath(clip.source)} could not be opened ({error}): check its path, and access to it."
             ) from error
         entries = {"path": os.path.realpath(clip.source), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         entries["format"] = _FORMAT
         entries |= {"frame_rate": float(self.processor.video_processor.fps), "vision": fingerprint}
+        if frames is not None:
+            entries |= {"frames": frames, "frames_per_second": float(clip.source.fps)}
         if not clip.is_whole:
             entries["clip"] = [clip.start, clip.end]
         return json.dumps(entries, sort_keys=True)
@@ -215,7 +219,7 @@ class FrozenVisionFeatures:
             os.replace(partial, self._file(key))
         except (OSError, SafetensorError) as error:
             raise OSError(
-                f"The features of {clip.source} could not be written to {self.folder} ({error}): make room there, "
+                f"The features of {os.fspath(clip.source)} could not be written to {self.folder} ({error}): make room there, "
                 "check access to it, or choose another folder."
             ) from error
         finally:
@@ -225,7 +229,7 @@ class FrozenVisionFeatures:
     @torch.no_grad()
     def _encode(self, clip: Clip) -> EncodedFrames:
         if self._is_reader():
-            raise RuntimeError(f"The features of {clip.source} are not kept. {_NOT_PREPARED}")
+            raise RuntimeError(f"The features of {os.fspath(clip.source)} are not kept. {_NOT_PREPARED}")
         fit, piece = self.processor.video_processor.frame_fitter(), self.model.config.frames_per_vision_pass
         seen, indices, waiting, features, shown = {}, [], [], [], None
         frames = iter_frames(
@@ -287,8 +291,16 @@ def _users_of_clips(rows, folder, broken_samples: BrokenSamples | None) -> dict[
 
 
 def _in_real_path(clip: Clip) -> Clip:
-    return replace(clip, source=os.path.realpath(clip.source))
+    path = os.path.realpath(clip.source)
+    return replace(clip, source=replace(clip.source, path=path) if isinstance(clip.source, FrameFolder) else path)
 
 
-def _is_url(path: str) -> bool:
-    return "://" in path
+def _states_of_frames(folder: FrameFolder) -> str:
+    """A hash of the names, sizes and times of modification of a folder's files."""
+    with os.scandir(folder) as entries:
+        states = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
+    return hashlib.sha256(repr(states).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _is_url(path: str | os.PathLike) -> bool:
+    return "://" in os.fspath(path)
