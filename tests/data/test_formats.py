@@ -167,7 +167,7 @@ def test_the_video_of_a_segment(url, name):
     clip = {"start_time": "00:00:01.000", "end_time": "00:00:02.000", "duration": 25}
     record = {"id": "segment_1", "url": url, "time_stamp": clip, "conversations": turns("Tell.", "red")}
     asked = []
-    row = one(record, find=lambda *names: asked.append(names) or names[0])
+    row = one(record, find=lambda *names, kind: asked.append(names) or names[0])
     assert row["video"] == [name] and asked[0][-1] == "segment_1"
     assert (row["start"], row["end"], row["duration"]) == ([1.0], [2.0], None)
 
@@ -245,7 +245,7 @@ def test_malformed_records(record, message):
 
 def test_questions_with_their_answers_elsewhere():
     record = {"question": "Who?", "video_name": "abc", "question_id": "v_abc_1"}
-    row = one(record, answers={"v_abc_1": "red"}, find=lambda *names: "|".join(names))
+    row = one(record, answers={"v_abc_1": "red"}, find=lambda *names, kind: "|".join(names))
     assert (texts(row), row["video"], row["id"]) == (["Who?", "red"], ["abc|v_abc"], "v_abc_1")
     with pytest.raises(ValueError, match="The question has no answer: `answer` is missing, or in a file that was not"):
         rows_of(record, answers={"v_abc_2": "red"})

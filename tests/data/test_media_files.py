@@ -84,3 +84,15 @@ def test_a_link_to_a_folder_above_ends(tree, tmp_path):
     media = MediaFiles(None, str(tmp_path / "lists"))
     assert media.find("a").endswith("x/a.mp4")
     assert media.find("b").endswith("linked/b.mp4")
+
+
+@pytest.mark.parametrize("where", ["videos", "videos/deep"])
+def test_the_thumbnail_of_a_missing_video_does_not_take_its_place(where, tree):
+    media = MediaFiles(str(tree(f"{where}/a.jpg", f"{where}/b.mp4", f"{where}/c.gif") / "videos"), "")
+    for name in ("a", "a.mp4"):
+        assert not media.find(name).endswith(".jpg")
+    assert media.find("a.png", kind="image").endswith(f"{where}/a.jpg")
+    assert media.find("a", kind="image").endswith(f"{where}/a.jpg")
+    assert not media.find("b.jpg", kind="image").endswith(".mp4")
+    assert media.find("c.jpg", kind="image").endswith(f"{where}/c.gif")  # as in OCR-VQA
+    assert media.unfound == {("a",): "video", ("a.mp4",): "video", ("b.jpg",): "image"}

@@ -34,7 +34,7 @@ Find = Callable[..., str]
 
 
 def rows_of(
-    record: Mapping, find: Find = lambda *names: names[0], answers: Mapping[str, object] | None = None
+    record: Mapping, find: Find = lambda *names, kind: names[0], answers: Mapping[str, object] | None = None
 ) -> list[dict]:
     """Convert a record of any known data set to rows.
 
@@ -50,7 +50,7 @@ def rows_of(
 
     Args:
         record: an element of a JSON list, or a row of another file.
-        find: called as `find(name, …)` with the names that a file may have; returns its path.
+        find: called as `find(name, …, kind="video")`, or "image", with the names that a file may have; returns its path.
         answers: ActivityNet-QA's answers by `question_id`.
 
     Raises:
@@ -100,8 +100,8 @@ def _segment(record: dict, find: Find) -> list[dict]:
     if not names:
         raise ValueError("A segment needs a `url` or an `id`, which name its video.")
     clip = _clip_of(record["time_stamp"])
-    path = find(*map(_as_name, names))
-    return [_row({**record, **clip, "video": path, "duration": None}, _turns(record), lambda path: path)]
+    path = find(*map(_as_name, names), kind="video")
+    return [_row({**record, **clip, "video": path, "duration": None}, _turns(record), _same)]
 
 
 def _video_chat(record: dict, find: Find) -> list[dict]:
@@ -167,10 +167,10 @@ def _question(record: dict, find: Find) -> dict:
         options = [record[f"option{i}"] for i in range(26) if f"option{i}" in record]
     if not options:
         question, options = _split_options(question)
-    record = {**record, "video": find(name, *also), "id": _first(record, _ID_FIELDS)}
+    record = {**record, "video": find(name, *also, kind="video"), "id": _first(record, _ID_FIELDS)}
     if not options:
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": _text(answer, "answer")}]
-        return _row(record, turns, lambda path: path)
+        return _row(record, turns, _same)
     letter, options = _choose(options, answer, is_index="correct_choice" in record)
     lines = [f"{_letter(i)}. {option}" for i, option in enumerate(options)]
     answer = f"{letter}. {options[ord(letter) - ord('A')]}"
@@ -178,7 +178,7 @@ def _question(record: dict, find: Find) -> dict:
         {"from": "human", "value": "\n".join([question, *lines, CHOICE_PROMPT])},
         {"from": "gpt", "value": answer if answer.endswith(".") else f"{answer}."},
     ]
-    return {**_row(record, turns, lambda path: path), "candidates": options, "answer": letter}
+    return {**_row(record, turns, _same), "candidates": options, "answer": letter}
 
 
 def _split_options(question: str) -> tuple[str, list[str]]:
@@ -275,7 +275,11 @@ def _paths(paths, kind: str, find: Find) -> list[str]:
     if _is_missing(paths) or paths == "":
         return []
     paths = paths if isinstance(paths, (list, tuple)) else [paths]
-    return [find(_as_name(path, kind)) for path in paths]
+    return [find(_as_name(path, kind), kind=kind) for path in paths]
+
+
+def _same(path: str, kind: str) -> str:
+    return path
 
 
 def _as_name(name, kind: str = "video") -> str:

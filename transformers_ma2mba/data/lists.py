@@ -14,7 +14,7 @@ from .media_files import MediaFiles
 from .record_files import read_records
 
 # A part of each cached list's name. A change of the rows that a list gives must change it.
-_FORMAT = 1
+_FORMAT = 2
 _SUFFIXES = tuple(suffix + gz for suffix in (".json", ".jsonl", ".ndjson", ".parquet") for gz in ("", ".gz"))
 # A file whose first records are all malformed is no list of training data.
 _HOPELESS = 100
@@ -137,7 +137,11 @@ def _load(library, arguments: dict, broken: BrokenSamples | None):
         rows = _read(library, _rows_and_footer, arguments, name)
         footer = json.loads(rows[-1]["footer"])
         media = _MediaOf(arguments["folder"])
-        found = [entry for entry in footer["unfound"] if os.path.exists(media[entry[0]].find(*entry[1]))]
+        found = [
+            [list_folder, names]
+            for list_folder, names, kind in footer["unfound"]
+            if os.path.exists(media[list_folder].find(*names, kind=kind))
+        ]
         if not found:
             break
         found_since.append(found)
@@ -232,7 +236,9 @@ def _rows(lists, answer_files, folder: str | None, add: Problems, unfound: list)
     media = _MediaOf(folder)
     for path, name in lists:
         yield from _rows_of_list(path, name, media[os.path.dirname(path)], answers, add)
-    unfound += [(list_folder, names) for list_folder, files in media.items() for names in files.unfound]
+    unfound += [
+        (list_folder, names, kind) for list_folder, files in media.items() for names, kind in files.unfound.items()
+    ]
 
 
 class _MediaOf(dict):

@@ -21,14 +21,16 @@ VIDEO_EXTENSIONS = (
 )
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _EXTENSIONS = VIDEO_EXTENSIONS + IMAGE_EXTENSIONS
+# The thumbnail of a video that is missing must not take its place.
+_EXTENSIONS_OF = {"video": VIDEO_EXTENSIONS, "image": (*IMAGE_EXTENSIONS, ".gif")}
 _MOST_UNFOUND = 10_000
 
 
 class MediaFiles:
     """Finds videos and images by the names that a list gives them.
 
-    A name is tried below each base folder: as it is, with another extension or none, and as a folder of frames. Then
-    the first base folder is searched for the one file whose path ends with the name. The base folder is `folder`, or
+    A name is tried below each base folder: as it is, with another extension of its kind, video or image, and as a
+    folder of frames. Then the first base folder is searched for the one file whose path ends with the name. The base folder is `folder`, or
     else the list's folder and then its parent, where LLaVA-Video-178K has its videos.
 
     Args:
@@ -36,57 +38,57 @@ class MediaFiles:
         list_folder: the folder of the list.
 
     Attributes:
-        unfound: the names of files that do not exist as keys, at most 10,000.
+        unfound: the names of files that do not exist, at most 10,000, with the kind of each.
     """
 
     def __init__(self, folder: str | None, list_folder: str):
         self.bases = (folder,) if folder is not None else (list_folder, os.path.dirname(list_folder))
-        self.unfound: dict[tuple[str, ...], None] = {}  # an ordered set
+        self.unfound: dict[tuple[str, ...], str] = {}
         self._search = lru_cache(2**16)(self._search)
         self._names_in = lru_cache(2**10)(self._names_in)
         self._all_paths: dict[str, list[str]] | None = None
 
-    def find(self, *names: str) -> str:
-        """Return the path of the file that has one of these names; that of the first name if there is none.
+    def find(self, *names: str, kind: str = "video") -> str:
+        """Return the path of the video or image that has one of these names; that of the first name if there is none.
 
         Raises:
             ValueError: if several files in different folders have the name.
         """
         for name in names:
-            if (path := name if "://" in name else self._search(name)) is not None:
+            if (path := name if "://" in name else self._search(name, kind)) is not None:
                 return path
         if len(self.unfound) < _MOST_UNFOUND:
-            self.unfound[names] = None
+            self.unfound[names] = kind
         return os.path.join(self.bases[0], names[0])
 
-    def _search(self, name: str) -> str | None:
+    def _search(self, name: str, kind: str) -> str | None:
         for base in self.bases:
             path = os.path.join(base, name)
             if os.path.isfile(path):
                 return path
             folder, file_name = os.path.split(path)
-            if found := self._names_in(folder).get(_stem(file_name)):
+            if found := self._names_in(folder, kind).get(_stem(file_name)):
                 return os.path.join(folder, found)
             if os.path.isdir(path):
                 return path
-        return None if os.path.isabs(name) else self._search_everywhere(os.path.normpath(name))
+        return None if os.path.isabs(name) else self._search_everywhere(os.path.normpath(name), kind)
 
-    def _names_in(self, folder: str) -> dict[str, str]:
+    def _names_in(self, folder: str, kind: str) -> dict[str, str]:
         """The files of a folder by their names without extension; of several the one with the first extension."""
         try:
-            names = [name for name in os.listdir(folder) if _extension(name)]
+            names = [name for name in os.listdir(folder) if _extension(name) in _EXTENSIONS_OF[kind]]
         except OSError:
             return {}
         return {_stem(name): name for name in sorted(names, key=_preference, reverse=True)}
 
-    def _search_everywhere(self, name: str) -> str | None:
+    def _search_everywhere(self, name: str, kind: str) -> str | None:
         if self._all_paths is None:
             self._all_paths = _paths_by_stem(self.bases[0])
         end = os.sep + _without_extension(name)
         paths = [
             path
             for path in self._all_paths.get(_stem(os.path.basename(name)), ())
-            if _without_extension(path).endswith(end)
+            if _without_extension(path).endswith(end) and _extension(path) in ("", *_EXTENSIONS_OF[kind])
         ]
         paths = [path for path in paths if path.endswith(os.sep + name) and _extension(path)] or paths
         paths = [path for path in paths if _extension(path)] or paths
