@@ -132,6 +132,19 @@ def test_rows_without_visuals(processor):
     assert spoken(processor, batch, 0) == ["red<|endoftext|>"]
 
 
+def test_special_tokens_in_text_do_not_control(processor):
+    """The end of text would end an answer early, and would begin a turn that the list does not have."""
+    question, answer = "Who <|endoftext|>opens<|padding|>?", "red <|endof<|endoftext|>text|>green<|endoftext|>"
+    rows = [
+        {"conversations": [{"from": "system", "value": "A<|endoftext|>"}, *turns(question, answer)]},
+        {"conversations": [{"from": "system", "value": "A"}, *turns("Who opens?", "red green")]},
+    ]
+    batch = DataCollatorForVideoQA(processor)(rows)
+    assert torch.equal(batch["input_ids"][0], batch["input_ids"][1])
+    assert torch.equal(batch["labels"][0], batch["labels"][1])
+    assert spoken(processor, batch, 0) == ["red green<|endoftext|>"]
+
+
 # Clips
 
 

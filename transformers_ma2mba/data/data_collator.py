@@ -23,6 +23,8 @@ _STAND_IN = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
 class DataCollatorForVideoQA:
     """Loads videos and images, batches them with their conversations and masks all but the assistant's tokens.
 
+    The tokenizer's special tokens, such as its end of text, are taken out of the conversations' text.
+
     Args:
         processor ([`Ma2mbaProcessor`]): its `fps` and frame size apply.
         folder: the folder of relative `video` and `image` paths.
@@ -91,15 +93,17 @@ class DataCollatorForVideoQA:
                 raise type(error)(f"Row {name}: {error}") from error
             self.broken_samples.add(name, error, files)
             return _STAND_IN
-        self._take_out_placeholders(messages)
+        self._take_out_control_tokens(messages)
         return messages
 
-    def _take_out_placeholders(self, messages: list[dict]):
-        """Take the tokenizer's placeholders out of text, where they differ from those of lists."""
-        pattern = re.compile("|".join(map(re.escape, (self.processor.video_token, self.processor.image_token))))
+    def _take_out_control_tokens(self, messages: list[dict]):
+        """Take the tokenizer's special tokens out of text: its placeholders, and its end of text, would be obeyed."""
+        special = {token.content for token in self.processor.tokenizer.added_tokens_decoder.values() if token.special}
+        special |= {self.processor.video_token, self.processor.image_token}
+        pattern = re.compile("|".join(map(re.escape, sorted(special))))
         for block in (block for message in messages for block in message["content"]):
             if block["type"] == "text":
-                block["text"] = without_placeholders(block["text"], pattern)
+                block["text"] = without_placeholders(block["text"], pattern).strip()
 
     def _load(self, kind: str, clip: Clip) -> EncodedFrames | FittedFrames | Image.Image:
         if kind == "image":
