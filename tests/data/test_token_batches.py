@@ -127,3 +127,14 @@ def test_a_file_of_many_rows_is_opened_once(tmp_path, monkeypatch):
     row = {"video": "film.mp4", "conversations": row_of(0)["conversations"]}
     batches_by_tokens([row] * 5, PROCESSOR, 100, folder=tmp_path)
     assert len(opened) == 1
+
+
+def test_a_wrong_folder_leaves_no_batch(tmp_path):
+    row = {"id": "lost", "video": "nowhere.mp4", "conversations": row_of(0)["conversations"]}
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(ValueError, match="no row to train on; lost: There is no file .*nowhere.mp4"),
+    ):
+        batches_by_tokens([row], PROCESSOR, 100, tmp_path, broken_samples=BrokenSamples())
+    with pytest.raises(ValueError, match="no row to train on"):
+        batches_by_tokens([], PROCESSOR, 100)

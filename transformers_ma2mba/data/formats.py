@@ -50,7 +50,8 @@ def rows_of(
 
     Args:
         record: an element of a JSON list, or a row of another file.
-        find: called as `find(name, …, kind="video")`, or "image", with the names that a file may have; returns its path.
+        find: called as `find(name, …, kind="video")`, or "image", with the names that a file may have; returns its
+            path.
         answers: ActivityNet-QA's answers by `question_id`.
 
     Raises:

@@ -219,8 +219,8 @@ class FrozenVisionFeatures:
             os.replace(partial, self._file(key))
         except (OSError, SafetensorError) as error:
             raise OSError(
-                f"The features of {os.fspath(clip.source)} could not be written to {self.folder} ({error}): make room there, "
-                "check access to it, or choose another folder."
+                f"The features of {os.fspath(clip.source)} could not be written to {self.folder} ({error}): make room "
+                "there, check access to it, or choose another folder."
             ) from error
         finally:
             with suppress(OSError):  # it is there only if writing was interrupted

@@ -30,8 +30,8 @@ class MediaFiles:
     """Finds videos and images by the names that a list gives them.
 
     A name is tried below each base folder: as it is, with another extension of its kind, video or image, and as a
-    folder of frames. Then the first base folder is searched for the one file whose path ends with the name. The base folder is `folder`, or
-    else the list's folder and then its parent, where LLaVA-Video-178K has its videos.
+    folder of frames. Then the first base folder is searched for the one file whose path ends with the name. The base
+    folder is `folder`, or else the list's folder and then its parent, where LLaVA-Video-178K has its videos.
 
     Args:
         folder: where names start; None for the list's folder.

@@ -38,13 +38,16 @@ def batches_by_tokens(
             remembers them. Without it, they are errors.
 
     Raises:
-        ValueError: if `max_tokens` is not above 0, a row or its duration is malformed, or the file of a video cannot
-            be read.
+        ValueError: if `max_tokens` is not above 0, a row or its duration is malformed, the file of a video cannot be
+            read, or no row is left.
     """
     if not max_tokens >= 1:
         raise ValueError(f"max_tokens must be above 0, got {max_tokens}.")
     generator = random.Random(seed)
     rows, lengths = _with_lengths(rows, processor, folder, broken_samples)
+    if not rows:
+        reasons = [] if broken_samples is None else broken_samples.reasons()
+        raise ValueError("There is no row to train on" + (f"; {': '.join(reasons[0])}" if reasons else "."))
     order = sorted(range(len(rows)), key=lambda i: lengths[i] * math.exp(generator.gauss(0, 0.1)))
     batches, longest = [], 0
     for i in order:
