@@ -44,6 +44,7 @@ from transformers_ma2mba import (
     DataCollatorForVideoQA,
     FrozenVisionFeatures,
     StopAtNonFinite,
+    StopWithoutAnswers,
     TrainingMeter,
     batches_by_tokens,
     last_whole_checkpoint,
@@ -254,7 +255,7 @@ def main():
         compute_metrics=answer_accuracy,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
         optimizer_cls_and_kwargs=grouped_optimizer(model, training_args, args.vision_learning_rate),
-        callbacks=[StopAtNonFinite(), TrainingMeter(), *reporters],
+        callbacks=[StopAtNonFinite(), StopWithoutAnswers(broken), TrainingMeter(), *reporters],
     )
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if plugin is not None and "optimizer" in plugin.deepspeed_config:

@@ -40,6 +40,7 @@ __all__ = [
     "Ma2mbaVideoProcessor",
     "StateFileError",
     "StopAtNonFinite",
+    "StopWithoutAnswers",
     "TrainingMeter",
     "VideoChat",
     "VideoQuestionAnsweringPipeline",
@@ -69,7 +70,7 @@ def __getattr__(name: str):
     """Import the names for the Trainer when they are first used: they bring in PEFT and more, which takes a while."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .training import StopAtNonFinite, TrainingMeter, last_whole_checkpoint, parameter_groups
+    from .training import StopAtNonFinite, StopWithoutAnswers, TrainingMeter, last_whole_checkpoint, parameter_groups
 
-    names = (StopAtNonFinite, TrainingMeter, last_whole_checkpoint, parameter_groups)
+    names = (StopAtNonFinite, StopWithoutAnswers, TrainingMeter, last_whole_checkpoint, parameter_groups)
     return {value.__name__: value for value in names}[name]

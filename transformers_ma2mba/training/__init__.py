@@ -1,5 +1,6 @@
 """Training with the stock Trainer: parameter groups, whole checkpoints, finite numbers, and what to log."""
 
+from .answered_training import StopWithoutAnswers
 from .finite_training import StopAtNonFinite
 from .parameter_groups import parameter_groups
 from .training_meter import TrainingMeter
