@@ -400,3 +400,31 @@ def test_a_folder_of_frames_is_a_film(tmp_path, processor):
         assert (pixels.int() - expected.int()).abs().max() <= 8  # two decoders of JPEG
     with pytest.raises(ValueError, match="is a directory: give the path of one video file, or `fps`"):
         collator([{**whole, "fps": None}])
+
+
+def test_an_empty_list_is_left_out_of_a_stream(tmp_path):
+    """The Trainer repeats a stream, and a stream without a row ended training before its first step."""
+    write_list(tmp_path / "empty.json", [])
+    with pytest.raises(ValueError, match="empty.json has no rows"):
+        load_rows(tmp_path / "empty.json", streaming=True)
+    write_list(tmp_path / "full.json", [question(1)])
+    rows = load_rows(tmp_path, streaming=True)
+    assert rows.num_shards == 1 and [row["id"] for row in rows] == ["1"]
+
+
+def test_lists_in_linked_folders_are_found(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "data").mkdir()
+    write_list(tmp_path / "disk/ä list.json", [question(1)])
+    (tmp_path / "data/linked").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data/twice").symlink_to(tmp_path / "disk")
+    write_list(tmp_path / "data/list.json", [question(2)])
+    assert [row["id"] for row in load_rows(tmp_path / "data", group=False)] == ["1", "2"]
+
+
+def test_an_empty_answer_is_not_trained_on(tmp_path):
+    broken = BrokenSamples()
+    write_list(tmp_path / "list.json", [question(1), question(2, "b.mp4", answer=" ")])
+    with pytest.warns(UserWarning, match="list.json, row 2.*empty answer"):
+        assert [row["id"] for row in load_rows(tmp_path / "list.json", broken=broken)] == ["1"]

@@ -239,6 +239,8 @@ def _row(record: dict, turns: list[dict], find: Find) -> dict:
     videos, images = (_paths(record.get(kind), kind, find) for kind in ("video", "image"))
     if (videos or images) and all(turn["from"] != "human" for turn in turns):
         raise ValueError("The conversation has no turn of a human to put the video or image into.")
+    if any(turn["from"] == "gpt" and not turn["value"].strip() for turn in turns):
+        raise ValueError("The conversation has an empty answer, which would teach the model to say nothing.")
     if bool(videos) != bool(images):
         # LLaVA-Video says <image> for a video.
         here, other = ("<video>", "<image>") if videos else ("<image>", "<video>")

@@ -10,7 +10,7 @@ from functools import cache
 from .broken_samples import BrokenSamples
 from .formats import is_answer_record, rows_of
 from .grouping import merge_adjacent, merge_all
-from .media_files import MediaFiles
+from .media_files import MediaFiles, without_loops
 from .record_files import read_records
 
 # A part of each cached list's name. A change of the rows that a list gives must change it.
@@ -63,10 +63,11 @@ def load_rows(
     """
     library = _library()
     folder = None if folder is None else os.path.abspath(folder)
-    lists, answers = [], []
+    lists, answers, empty = [], [], set()
     for path in _expand(files):
-        _, record = next(read_records(path), (0, None))
+        number, record = next(read_records(path), (0, None))
         (answers if is_answer_record(record) else lists).append(path)
+        empty |= {path} if number == 0 else set()
     if not lists:
         raise ValueError(f"{answers[0]} has answers only: give the file of their questions, too.")
     arguments = {
@@ -77,8 +78,11 @@ def load_rows(
         "interleave": interleave,
     }
     if streaming:
+        if empty.issuperset(lists):
+            raise ValueError(f"{', '.join(_names(lists))} has no rows.")
         # The library gives the elements of a list, unlike those of a tuple, to different processes.
-        arguments |= {"lists": list(arguments["lists"]), "broken": broken}
+        filled = [entry for entry in arguments["lists"] if entry[0] not in empty]
+        arguments |= {"lists": filled, "broken": broken}
         return _read(library, _stream, arguments, "streamed", streaming=True)
     return _load(library, arguments, broken)
 
@@ -112,9 +116,9 @@ def _expand(files) -> list[str]:
 
 
 def _lists_below(folder: str) -> list[str]:
-    paths = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    paths, seen = [], {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = without_loops(parent, sorted(name for name in folders if not name.startswith(".")), seen)
         paths += [os.path.join(parent, name) for name in names if name.endswith(_SUFFIXES) and name[0] != "."]
     return sorted(paths)
 

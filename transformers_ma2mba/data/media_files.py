@@ -99,16 +99,22 @@ class MediaFiles:
 
 def _paths_by_stem(base: str) -> dict[str, list[str]]:
     """The media files and folders below a folder, by their names without extension."""
-    paths, seen = defaultdict(list), set()
+    paths, seen = defaultdict(list), {os.path.realpath(base)}
     for folder, folders, names in os.walk(base, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in list(folders):  # a link to a folder above would never end
-            if (place := os.path.realpath(os.path.join(folder, name))) in seen:
-                folders.remove(name)
-            seen.add(place)
+        folders[:] = without_loops(folder, sorted(name for name in folders if not name.startswith(".")), seen)
         for name in [*folders, *sorted(filter(_extension, names))]:
             paths[_stem(name)].append(os.path.join(folder, name))
     return paths
+
+
+def without_loops(parent: str, folders: list[str], seen: set[str]) -> list[str]:
+    """The names of folders below a folder that were not seen before; a link to a folder above would never end."""
+    new = []
+    for name in folders:
+        if (place := os.path.realpath(os.path.join(parent, name))) not in seen:
+            seen.add(place)
+            new.append(name)
+    return new
 
 
 def _extension(name: str) -> str:
