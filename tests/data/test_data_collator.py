@@ -498,3 +498,13 @@ def test_a_row_whose_file_is_missing(processor, folder):
     for keep_frames in (False, True):
         with pytest.raises(FileNotFoundError, match="nowhere.mp4"):
             DataCollatorForVideoQA(processor, folder, keep_frames=keep_frames)([row])
+
+
+def test_a_row_without_an_answer_is_left_out(processor):
+    """As `check-data` says, and before its film is read."""
+    broken, row = BrokenSamples(), {"id": "mute", "video": "nowhere.mp4", "conversations": turns("Who?")}
+    with pytest.raises(ValueError, match="Row mute has no answer to learn from"):
+        DataCollatorForVideoQA(processor)([row])
+    with pytest.warns(UserWarning, match="mute is left out"):
+        batch = DataCollatorForVideoQA(processor, broken_samples=broken)([row])
+    assert (batch["labels"] == -100).all() and "no answer" in broken.reasons()[0][1]

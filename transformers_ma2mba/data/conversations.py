@@ -54,6 +54,18 @@ def conversation_to_messages(row: dict, folder: str | os.PathLike = "") -> list[
     ]
 
 
+def conversation_to_learn(row: dict, folder: str | os.PathLike = "") -> list[dict]:
+    """As [`conversation_to_messages`], for training.
+
+    Raises:
+        ValueError: also if no turn is the assistant's.
+    """
+    messages = conversation_to_messages(row, folder)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError(f"Row {sample_name(row)} has no answer to learn from.")
+    return messages
+
+
 def _turns(row: dict) -> list[Mapping]:
     if not isinstance(row, Mapping):
         raise ValueError(f"A row must be a dictionary with `conversations`, got {row!r}.")

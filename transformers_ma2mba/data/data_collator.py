@@ -12,7 +12,7 @@ from PIL import Image
 from ..processing_ma2mba import Ma2mbaProcessor
 from ..video import Clip, EncodedFrames, FittedFrames, VideoReadError
 from .broken_samples import BrokenSamples, sample_name
-from .conversations import conversation_to_messages, files_in, without_placeholders
+from .conversations import conversation_to_learn, files_in, without_placeholders
 from .images import ImageReadError, read_image
 
 # A short text without supervised tokens.
@@ -74,7 +74,7 @@ class DataCollatorForVideoQA:
         """The messages of a row with its frames and images, or those that stand in for a broken row."""
         name = sample_name(row)
         try:
-            messages = conversation_to_messages(row, self.folder)
+            messages = conversation_to_learn(row, self.folder)
         except ValueError as error:
             if self.broken_samples is None:
                 raise

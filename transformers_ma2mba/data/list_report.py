@@ -11,7 +11,7 @@ from transformers.utils.logging import tqdm
 
 from ..video import Clip, VideoReadError, iter_frames, probe
 from .broken_samples import BrokenSamples, sample_name
-from .conversations import conversation_to_messages, files_in
+from .conversations import conversation_to_learn, files_in
 from .images import ImageReadError, read_image
 
 
@@ -87,9 +87,7 @@ def check_rows(
     report, messages_of_rows = ListReport(), []
     for row in rows:
         try:
-            messages = conversation_to_messages(row)
-            if not any(message["role"] == "assistant" for message in messages):
-                raise ValueError(f"Row {sample_name(row)} has no answer to learn from.")
+            messages = conversation_to_learn(row)
         except ValueError as error:
             broken_samples.add(sample_name(row), error)
             continue

@@ -10,7 +10,7 @@ from numbers import Real
 from ..processing_ma2mba import Ma2mbaProcessor
 from ..video import VideoReadError, iter_frames, probe
 from .broken_samples import BrokenSamples, sample_name
-from .conversations import conversation_to_messages, files_in
+from .conversations import conversation_to_learn, conversation_to_messages, files_in
 
 
 def batches_by_tokens(
@@ -83,7 +83,7 @@ def _count_tokens(
     row: dict, processor: Ma2mbaProcessor, folder, seconds_of_file: Callable[[str, float], float]
 ) -> int:
     """The number of tokens of a row, for its video as long as its row or its file says."""
-    messages = conversation_to_messages(row, folder)
+    messages = conversation_to_learn(row, folder)
     num_tokens, fps = count_text_tokens(processor, messages), processor.video_processor.fps
     for block in files_in(messages):
         num_frames = 1
