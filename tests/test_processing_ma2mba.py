@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny import VOCABULARY, random_frames, random_pixels, tiny_config, tiny_tokenizer
-from transformers import AutoProcessor
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from transformers_ma2mba import Ma2mbaProcessor, Ma2mbaVideoProcessor
 from transformers_ma2mba.video.frames import FittedFrames
@@ -550,3 +551,28 @@ def test_number_of_tokens_without_pixels(processor):
     """Serving engines call this method."""
     data = processor._get_num_multimodal_tokens(image_sizes=[(480, 640)] * 2, video_sizes=[(10, 480, 640)])
     assert (data.num_image_tokens, data.num_image_patches, data.num_video_tokens) == ([4, 4], [1, 1], [40])
+
+
+def test_no_token_reaches_from_the_marker_into_an_answer():
+    """Training has the tokens of generation, whose prompt ends behind the marker, for an answer such as "(A)" too."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["vector<int>(a), list<int>(b)"] * 9 + ["<|assistant|>"], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.add_tokens(["<image>", "<video>"], special_tokens=True)
+    assert tokenizer.tokenize("|>(") == ["|", ">("]
+    processor = Ma2mbaProcessor(tokenizer, Ma2mbaVideoProcessor(), tokens_per_frame=4)
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "(A)"}] * 2
+    options = dict(tokenize=True, return_dict=True)
+    prompt = processor.apply_chat_template(messages[:3], add_generation_prompt=True, **options)["input_ids"][0]
+    batch = processor.apply_chat_template([messages], return_assistant_tokens_mask=True, **options)
+    ids, mask = batch["input_ids"][0], batch["assistant_masks"][0]
+    assert ids[: len(prompt)] == prompt and tokenizer.decode(ids[len(prompt) :]) == "(A)<|endoftext|>"
+    answers = [token for token, spoken in zip(ids, mask, strict=True) if spoken]
+    assert tokenizer.decode(answers) == "(A)<|endoftext|>" * 2

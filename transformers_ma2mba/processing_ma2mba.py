@@ -1,6 +1,7 @@
 """The processor: text, videos and images to the model's inputs, in the paper's conversation format."""
 
 import os
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -37,6 +38,10 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
 """
+
+
+# Behind it an answer begins. No token may reach over this place, because prompts of generation end there.
+_BEHIND_MARKER = re.compile(r"(?<=<\|assistant\|>)")
 
 
 class Ma2mbaProcessorKwargs(ProcessingKwargs, total=False):
@@ -231,7 +236,7 @@ class Ma2mbaProcessor(ProcessorMixin):
             raise ValueError("Truncation would cut videos in two: shorten the text, or lower `fps`, instead.")
         for unused in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
             options.pop(unused, None)
-        encoding = self.tokenizer(texts, **options)
+        encoding = self._encode(texts, options)
 
         lengths = {self.video_token_id: iter(num_frames), self.image_token_id: iter(num_images)}
         expanded = {name: [] for name in encoding}
@@ -253,6 +258,26 @@ class Ma2mbaProcessor(ProcessorMixin):
         target = -(-target // multiple) * multiple if multiple else target
         fill = {"input_ids": self.tokenizer.pad_token_id}
         return {name: [_pad(row, target, side, fill.get(name, 0)) for row in rows] for name, rows in expanded.items()}
+
+    def _encode(self, texts: list[str], options: dict) -> dict[str, list]:
+        """Tokenize answers on their own: in the answer "(A)", a token ">(" would hold the marker's end, too."""
+        adds_tokens = options.get("add_special_tokens", True) and self.tokenizer.num_special_tokens_to_add()
+        pieces = [[text] if adds_tokens else _BEHIND_MARKER.split(text) for text in texts]
+        encoding = self.tokenizer([piece for row in pieces for piece in row], **options)
+        joined, number = {name: [] for name in encoding}, 0
+        for row in pieces:
+            starts = np.cumsum([0, *map(len, row)]).tolist()
+            for name, encoded in encoding.items():
+                values = encoded[number : number + len(row)]
+                if name == "offset_mapping":
+                    # Offsets without spaces would put a space at an answer's begin before it.
+                    values = [
+                        [(first + start, max(last, 1) + start) for first, last in own]
+                        for own, start in zip(values, starts, strict=False)
+                    ]
+                joined[name].append([value for own in values for value in own])
+            number += len(row)
+        return joined
 
     def _adjust_assistant_masks_indices(self, processed_dict, generation_indices):
         # The stock loop visits every token in Python, once for each turn. Here repeated placeholders keep the offsets
