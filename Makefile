@@ -72,7 +72,7 @@ day: $(VENV)/.installed
 	$(BIN)/python examples/make_videos.py --output_dir $(DEMO)/day --seed $(SEED) --max_hours_seconds 86400 \
 		--num_train 0 --num_train_minutes 0 --num_train_hours 500 --num_validation 0 --num_long 0 --num_hours 8
 	$(LAUNCH) examples/train.py examples/recipes/demo_day.yaml --seed $(SEED) \
-		--model_name_or_path $(DEMO)/model --output_dir $(DEMO)/day/model \
+		--model_name_or_path $(DEMO)/model --output_dir $(DEMO)/day/model --resume_from_checkpoint last \
 		--train_file $(DEMO)/day/train_hours.json --keep_features $(DEMO)/day/features
 	OMP_NUM_THREADS=1 $(BIN)/python examples/evaluate.py --model $(DEMO)/day/model --output_file $(DEMO)/day/accuracy.json \
 		$(DEMO)/data/validation.json $(DEMO)/data/long.json $(DEMO)/data/hours.json $(DEMO)/day/hours.json

@@ -34,6 +34,7 @@ from transformers import (
     HfArgumentParser,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -41,6 +42,7 @@ from transformers.integrations import get_reporting_integration_callbacks, is_te
 
 from transformers_ma2mba import (
     BrokenSamples,
+    CheckResumedRun,
     DataCollatorForVideoQA,
     FrozenVisionFeatures,
     StopAtNonFinite,
@@ -188,9 +190,42 @@ def grouped_optimizer(model, training_args: TrainingArguments, vision_learning_r
     return optimizer, {**options, "params": parameter_groups(model, training_args.weight_decay, vision_learning_rate)}
 
 
+def checkpoint_step(folder: Path) -> int:
+    """Return the step of a checkpoint by its name; -1 if it has another name."""
+    step = folder.name.removeprefix("checkpoint-")
+    return int(step) if step.isdecimal() else -1
+
+
+def is_finished(checkpoint: str | None, training_args: TrainingArguments) -> bool:
+    """Whether a checkpoint is of the last step of the run."""
+    if checkpoint is None:
+        return False
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    if training_args.max_steps > 0:
+        return state.global_step >= training_args.max_steps
+    return state.epoch >= training_args.num_train_epochs
+
+
+def check_output_folder(training_args: TrainingArguments):
+    """Make sure that the output folder has no checkpoint of another run that this one would be mixed up with.
+
+    Raises:
+        ValueError: if it has checkpoints, and none is to be resumed, or one of earlier steps.
+    """
+    resumed = training_args.resume_from_checkpoint
+    first = checkpoint_step(Path(resumed)) if resumed else -1
+    others = [path for path in Path(training_args.output_dir).glob("checkpoint-*") if checkpoint_step(path) > first]
+    if others:
+        raise ValueError(
+            f"{max(others, key=checkpoint_step)} is of an earlier run, and would be taken for this one's: go on with "
+            f"that run by --resume_from_checkpoint last, give another --output_dir, or remove the checkpoint."
+        )
+
+
 def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     """Return the checkpoint to go on from; None starts anew."""
     if training_args.resume_from_checkpoint != "last":
+        check_output_folder(training_args)
         return training_args.resume_from_checkpoint
     checkpoint = last_whole_checkpoint(training_args.output_dir, training_args.world_size)
     if training_args.process_index == 0:
@@ -219,6 +254,7 @@ def main():
     training_args.remove_unused_columns = False  # the collator needs the paths
     training_args.dataloader_pin_memory &= not training_args.use_cpu
     check_streaming(args, training_args)
+    checkpoint = checkpoint_to_resume(training_args)
     set_seed(training_args.seed)
 
     model = AutoModel.from_pretrained(args.model_name_or_path, **loading_options(args, training_args.device))
@@ -236,10 +272,15 @@ def main():
             rows, processor, args.tokens_per_batch, seed=training_args.seed, broken_samples=broken
         )
         training_args.per_device_train_batch_size = 1  # each item is a batch already
+    if is_finished(checkpoint, training_args):
+        # The Trainer would make one more step within an epoch, and makes none of no epochs.
+        batches, training_args.max_steps, training_args.num_train_epochs = [{}], -1, 0
     if args.keep_features is not None:
         folder = None if args.keep_features == "memory" else args.keep_features
         features = FrozenVisionFeatures(model, processor, folder)
 
+    optimizer, options = grouped_optimizer(model, training_args, args.vision_learning_rate)
+    groups = options["params"] if isinstance(options.get("params"), list) else None
     # The meter's values reach the callbacks after it only, and the Trainer would put its reporters first.
     reporters = [reporter() for reporter in get_reporting_integration_callbacks(training_args.report_to)]
     training_args.report_to = []
@@ -254,8 +295,14 @@ def main():
         processing_class=processor,
         compute_metrics=answer_accuracy,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
-        optimizer_cls_and_kwargs=grouped_optimizer(model, training_args, args.vision_learning_rate),
-        callbacks=[StopAtNonFinite(), StopWithoutAnswers(broken), TrainingMeter(), *reporters],
+        optimizer_cls_and_kwargs=(optimizer, options),
+        callbacks=[
+            CheckResumedRun(groups, options.get("lr")),
+            StopAtNonFinite(),
+            StopWithoutAnswers(broken),
+            TrainingMeter(),
+            *reporters,
+        ],
     )
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if plugin is not None and "optimizer" in plugin.deepspeed_config:
@@ -265,7 +312,7 @@ def main():
     if features is not None:
         trainer.add_callback(EncodeFilms(features, [*rows, *(validation_rows or [])], broken))
     try:
-        trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+        trainer.train(resume_from_checkpoint=checkpoint)
     except FloatingPointError as error:
         sys.exit(str(error))
     trainer.save_model()

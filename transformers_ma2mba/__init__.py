@@ -30,6 +30,7 @@ from .video_processing_ma2mba import Ma2mbaVideoProcessor
 
 __all__ = [
     "BrokenSamples",
+    "CheckResumedRun",
     "CheckpointPlan",
     "DataCollatorForVideoQA",
     "FrozenVisionFeatures",
@@ -70,7 +71,15 @@ def __getattr__(name: str):
     """Import the names for the Trainer when they are first used: they bring in PEFT and more, which takes a while."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .training import StopAtNonFinite, StopWithoutAnswers, TrainingMeter, last_whole_checkpoint, parameter_groups
+    from .training import (
+        CheckResumedRun,
+        StopAtNonFinite,
+        StopWithoutAnswers,
+        TrainingMeter,
+        last_whole_checkpoint,
+        parameter_groups,
+    )
 
-    names = (StopAtNonFinite, StopWithoutAnswers, TrainingMeter, last_whole_checkpoint, parameter_groups)
+    names = (CheckResumedRun, StopAtNonFinite, StopWithoutAnswers, TrainingMeter, last_whole_checkpoint)
+    return {value.__name__: value for value in (*names, parameter_groups)}[name]
     return {value.__name__: value for value in names}[name]

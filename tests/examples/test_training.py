@@ -132,6 +132,37 @@ def test_resumed_run_with_kept_frames_gives_the_same_weights(demo, launched, mon
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
+def test_a_finished_run_is_not_trained_further(demo, launched, monkeypatch):
+    """Its last step is within an epoch. A run that is killed in its final save goes on from here."""
+    shutil.copytree(launched / "checkpoint-4", demo / "finished" / "checkpoint-4")
+    options = {"resume_from_checkpoint": "last", "lr_scheduler_type": "constant"}
+    train_here(monkeypatch, *arguments(demo, demo / "finished", **options))
+    assert json.loads((demo / "finished" / "trainer_state.json").read_text())["global_step"] == 4
+    resumed, expected = (load_file(folder / "model.safetensors") for folder in (demo / "finished", launched))
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert logged(demo / "finished", "eval_accuracy")[-1] == logged(launched, "eval_accuracy")[-1]
+
+
+def test_runs_are_not_mixed(demo, launched, monkeypatch):
+    """`last` would take the newest checkpoint of the other run."""
+    before = sorted(launched.rglob("*"))
+    for options in ({}, {"resume_from_checkpoint": launched / "checkpoint-2"}):
+        with pytest.raises(ValueError, match="checkpoint-4 is of an earlier run, and would be taken for this one's"):
+            train_here(monkeypatch, *arguments(demo, launched, **options))
+    assert sorted(launched.rglob("*")) == before
+
+
+def test_a_resumed_run_has_the_options_of_its_checkpoint(demo, launched, monkeypatch):
+    shutil.copytree(launched / "checkpoint-2", demo / "changed" / "checkpoint-2")
+    for name, value, message in (
+        ("per_device_train_batch_size", 2, "saved after 0.666667 epochs, but 0.333333 epochs"),
+        ("learning_rate", 0.5, "learning rate 0.05, which would replace the 0.5 of this run"),
+    ):
+        options = {"resume_from_checkpoint": "last", name: value}
+        with pytest.raises(ValueError, match=message):
+            train_here(monkeypatch, *arguments(demo, demo / "changed", **options))
+
+
 def test_two_processes_give_the_loss_and_weights_of_one(demo, launched):
     """Both runs have the same films in a step; losses and weights differ by rounding only."""
     # `accelerate launch --cpu` always starts one process. With --multi_gpu it starts two, which find no GPU and use
@@ -173,7 +204,7 @@ def test_vision_tower_has_its_own_rate(demo, monkeypatch):
     # An optimizer such as GaLore brings groups of its own.
     monkeypatch.setattr(train.Trainer, "get_optimizer_cls_and_kwargs", lambda *_: (torch.optim.SGD, {"params": []}))
     with pytest.raises(ValueError, match="--vision_learning_rate has no effect on --optim sgd"):
-        train_here(monkeypatch, *arguments(demo, demo / "rates", **options))
+        train_here(monkeypatch, *arguments(demo, demo / "no_rates", **options))
 
 
 def test_a_broken_model_ends_with_a_sentence(demo, monkeypatch):
