@@ -80,15 +80,17 @@ def test_finite_training_stays_the_same(tmp_path, film):
 
 
 class Scaled(TrainerCallback):
-    """Makes the first gradients too large, as a loss scaler may, and tells whether a step followed."""
+    """Makes the first steps' gradients too large, as a loss scaler may, and tells whether a step followed."""
 
-    def __init__(self):
-        self.skipped = []
+    def __init__(self, num_broken=1):
+        self.num_broken, self.skipped = num_broken, []
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
         optimizer.__setstate__(optimizer.__getstate__())  # as at its creation with a scaler
-        model.get_input_embeddings().weight.register_hook(lambda g: g + torch.inf if state.global_step == 0 else g)
+        model.get_input_embeddings().weight.register_hook(
+            lambda g: g + torch.inf if state.global_step < self.num_broken else g
+        )
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         optimizer.scaler.scale(torch.ones(()))  # a scaler makes no step before its first loss
@@ -101,6 +103,35 @@ def test_a_step_that_a_loss_scaler_skips_is_no_error(tmp_path):
     scaled = Scaled()
     short_trainer(tmp_path, rows_named(2), None, {"callbacks": [scaled, StopAtNonFinite()]}, max_steps=2).train()
     assert scaled.skipped == [True, False]
+
+
+def test_steps_that_a_loss_scaler_skips_at_any_scale_are_an_error(tmp_path):
+    """Its scale goes from 2 over 1 to 0.5; the run would end without a step."""
+    scaled = Scaled(num_broken=4)
+    trainer = short_trainer(tmp_path, rows_named(4), None, {"callbacks": [scaled, StopAtNonFinite()]}, max_steps=4)
+    with pytest.raises(FloatingPointError) as error:
+        trainer.train()
+    assert scaled.skipped == [True, True]
+    assert str(error.value) == (
+        "The gradients of step 2 are not finite in float16, even without a loss scale: training stops and saves "
+        "nothing more. Its files: name1."
+    )
+
+
+def test_a_data_loader_of_another_kind(tmp_path):
+    """It has no collator to name the files of its batches."""
+    trainer = short_trainer(tmp_path, rows_named(2), None, {"callbacks": [StopAtNonFinite()]}, max_steps=2)
+
+    class Loader(list):
+        """Batches that are made already."""
+
+    loader = Loader(trainer.data_collator([row]) for row in rows_named(2))
+    trainer.get_train_dataloader = lambda: loader
+    trainer.train()
+    assert trainer.state.global_step == 2
+    trainer.model.get_input_embeddings().weight.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="step 1 is nan.* The files of its batch are unknown"):
+        trainer.train()
 
 
 def test_two_processes(tmp_path):

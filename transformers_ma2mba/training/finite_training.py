@@ -22,7 +22,7 @@ class StopAtNonFinite(TrainerCallback):
 
     A loss stops the process that has it before its backward pass, and the launcher then ends the others. Gradients are
     summed over processes, so that all processes stop, and each one names the batches of all. Gradients that a loss
-    scaler finds too large for float16 are no error: it skips their step.
+    scaler finds too large for float16 are no error, because it skips their step, unless they are at a scale of 1, too.
 
     The names are those of the rows' videos and images. A collator that the Trainer calls with such rows, or with lists
     of them, need not know of this.
@@ -40,10 +40,9 @@ class StopAtNonFinite(TrainerCallback):
         ]
         self._remove = [hook.remove for hook in hooks]
         # A dispatcher sends one process's batches to the others, tensors only.
-        if not isinstance(train_dataloader, DataLoaderDispatcher):
-            loader = getattr(
-                train_dataloader, "base_dataloader", train_dataloader
-            )  # Accelerate's wrapper has the first
+        # Accelerate's wrapper has the user's loader, which need not be one of PyTorch's.
+        loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
+        if not isinstance(train_dataloader, DataLoaderDispatcher) and hasattr(loader, "collate_fn"):
             collate, loader.collate_fn = loader.collate_fn, _WithFiles(loader.collate_fn)
             self._remove.append(lambda: setattr(loader, "collate_fn", collate))
 
@@ -62,6 +61,19 @@ class StopAtNonFinite(TrainerCallback):
             raise FloatingPointError(
                 f"The gradients of step {self._step} are not finite, although its losses are: training stops and "
                 f"saves nothing more. {_sentence(files)}"
+            )
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        """Check that a loss scaler still gets gradients that are finite.
+
+        Raises:
+            FloatingPointError: if it has skipped a step at a scale of 1, on all processes.
+        """
+        scaler = getattr(optimizer, "scaler", None)
+        if scaler is not None and optimizer.step_was_skipped and scaler.get_scale() < 1:
+            raise FloatingPointError(
+                f"The gradients of step {self._step} are not finite in float16, even without a loss scale: training "
+                f"stops and saves nothing more. {_sentence(gather_object([self._files]))}"
             )
 
     def on_train_end(self, args, state, control, **kwargs):
