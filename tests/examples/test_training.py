@@ -424,6 +424,17 @@ def test_recipe_of_the_paper(stage, parts, rates, global_batch):
     assert args.interleave == (stage == "stage1_5") and not args.no_group
 
 
+def test_stage_1_leaves_a_head_of_its_own_alone():
+    """Table 6: only the projector is trained, also where the head does not share the embeddings' weight."""
+    config = tiny_config()
+    config.tie_word_embeddings = False
+    model = tiny_model(config)
+    words = ["--model_name_or_path=a", "--train_file=b", "--output_dir=c", "--use_cpu"]
+    train.freeze(model, train.parse_arguments([str(EXAMPLES / "recipes" / "stage1.yaml"), *words])[0].freeze)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all("multi_modal_projector" in name for name in trained)
+
+
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "recipes").glob("stage*.yaml")), ids=lambda path: path.stem)
 def test_values_of_the_paper_have_their_source(path):
     lines = path.read_text().partition("# Not in the paper.")[0].splitlines()
