@@ -82,6 +82,10 @@ class Arguments(AdapterArguments):
         default=None,
         metadata={"help": "A folder that keeps the frozen vision tower's features of each film, or `memory`."},
     )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows of a step on all processes: sets gradient_accumulation_steps. 0 does not."},
+    )
     tokens_per_batch: int | None = field(
         default=None,
         metadata={"help": "Train on batches of at most this many tokens, in place of per_device_train_batch_size."},
@@ -103,7 +107,7 @@ def parse_arguments(words: list[str]) -> tuple[Arguments, TrainingArguments]:
     """Parse a command line that may begin with a recipe, a YAML file of options; later options override it.
 
     Raises:
-        ValueError: if the recipe is not a mapping.
+        ValueError: if the recipe is not a mapping, or the global batch is impossible.
     """
     if words and words[0].endswith((".yaml", ".yml")):
         recipe = yaml.safe_load(Path(words[0]).read_text())
@@ -113,7 +117,38 @@ def parse_arguments(words: list[str]) -> tuple[Arguments, TrainingArguments]:
         words = [word for name, value in options for word in (f"--{name}", *option_words(value))] + words[1:]
     if not any(word.partition("=")[0] == "--report_to" for word in words):
         words = ["--report_to", default_reporter(), *words]
-    return HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses(words)
+    parser = HfArgumentParser((Arguments, TrainingArguments))
+    args, training_args = parser.parse_args_into_dataclasses(words)
+    if args.global_batch_size:
+        # DeepSpeed's configuration takes the number from the command line.
+        words = [*words, f"--gradient_accumulation_steps={accumulation_steps(args, training_args)}"]
+        args, training_args = parser.parse_args_into_dataclasses(words)
+    return args, training_args
+
+
+def accumulation_steps(args: Arguments, training_args: TrainingArguments) -> int:
+    """Return the accumulation steps that give the global batch on this number of processes.
+
+    Raises:
+        ValueError: if no number of steps does, another one is given, or `--tokens_per_batch`, whose batches have no
+            fixed number of rows.
+    """
+    if args.tokens_per_batch is not None:
+        raise ValueError("--tokens_per_batch has no fixed number of rows: give --global_batch_size 0 with it.")
+    rows = training_args.train_batch_size * training_args.world_size
+    steps, rest = divmod(args.global_batch_size, rows)
+    if rest or steps < 1:
+        raise ValueError(
+            f"--global_batch_size {args.global_batch_size} must be a multiple of {rows} rows: "
+            f"{training_args.train_batch_size} on each of {training_args.world_size} processes. Set "
+            f"--per_device_train_batch_size."
+        )
+    if training_args.gradient_accumulation_steps not in (1, steps):
+        raise ValueError(
+            f"--gradient_accumulation_steps {training_args.gradient_accumulation_steps} contradicts "
+            f"--global_batch_size {args.global_batch_size}, which needs {steps}: give --global_batch_size 0 with it."
+        )
+    return steps
 
 
 def default_reporter() -> str:

@@ -56,7 +56,7 @@ def launch(name: str, data, *words, machine_rank: int = 0) -> subprocess.Popen:
     """Start the config's CPU form."""
     batch_size = 1 if name != "one_gpu" else 2
     options = dict(model_name_or_path=data / "model", train_file=data / "rows.json", output_dir=data / name)
-    options |= dict(per_device_train_batch_size=batch_size, gradient_accumulation_steps=2, max_steps=STEPS)
+    options |= dict(per_device_train_batch_size=batch_size, global_batch_size=4, max_steps=STEPS)  # two batches
     options |= dict(learning_rate=1e-2, vision_learning_rate=2e-3, weight_decay=0.1, save_steps=1)
     options |= dict(logging_steps=1, train_sampling_strategy="sequential", activation_checkpointing=True)
     options |= dict(adam_epsilon=1e-3)  # with less, Adam magnifies the smallest difference in rounding

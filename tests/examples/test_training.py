@@ -405,7 +405,7 @@ def test_recipe_of_the_demo(recipe, expected):
         ("stage2", {"multi_modal_projector", "language_model", "vision_tower"}, [4e-5, 4e-6], 32),
     ],
 )
-def test_recipe_of_the_paper(stage, parts, rates, global_batch):
+def test_recipe_of_the_paper(stage, parts, rates, global_batch, monkeypatch):
     """Table 6."""
     words = ["--model_name_or_path=a", "--train_file=b", "--output_dir=c", "--use_cpu"]
     args, training_args = train.parse_arguments([str(EXAMPLES / "recipes" / f"{stage}.yaml"), *words])
@@ -417,11 +417,29 @@ def test_recipe_of_the_paper(stage, parts, rates, global_batch):
     assert issubclass(optimizer, torch.optim.AdamW) and options["betas"] == (0.9, 0.95)
     assert list(dict.fromkeys(group.get("lr", options["lr"]) for group in groups)) == rates
     assert {group["weight_decay"] for group in groups} == {0.05, 0.0}
-    assert 8 * training_args.train_batch_size * training_args.gradient_accumulation_steps == global_batch
+    for world_size in (1, 8, 16, 32):  # one GPU, the paper's, and several machines
+        monkeypatch.setattr(train.TrainingArguments, "world_size", world_size)
+        _, training_args = train.parse_arguments([str(EXAMPLES / "recipes" / f"{stage}.yaml"), *words])
+        rows = world_size * training_args.train_batch_size * training_args.gradient_accumulation_steps
+        assert rows == global_batch
     assert (training_args.num_train_epochs, training_args.max_grad_norm) == (1, 1.0)
     assert (training_args.lr_scheduler_type, training_args.get_warmup_steps(1000)) == ("cosine", 100)
     assert training_args.bf16 and training_args.activation_checkpointing
     assert args.interleave == (stage == "stage1_5") and not args.no_group
+
+
+def test_global_batch_must_be_possible(monkeypatch):
+    words = ["--model_name_or_path=a", "--train_file=b", "--output_dir=c", "--use_cpu", "--global_batch_size=32"]
+    monkeypatch.setattr(train.TrainingArguments, "world_size", 3)
+    with pytest.raises(ValueError, match="32 must be a multiple of 24 rows: 8 on each of 3 processes"):
+        train.parse_arguments(words)
+    with pytest.raises(ValueError, match="--global_batch_size 0 with it"):
+        train.parse_arguments([*words, "--tokens_per_batch=100"])
+    monkeypatch.setattr(train.TrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="steps 4 contradicts --global_batch_size 32, which needs 2"):
+        train.parse_arguments([*words, "--gradient_accumulation_steps=4"])
+    words += ["--gradient_accumulation_steps=4", "--global_batch_size=0"]
+    assert train.parse_arguments(words)[1].gradient_accumulation_steps == 4
 
 
 def test_stage_1_leaves_a_head_of_its_own_alone():
@@ -438,5 +456,5 @@ def test_stage_1_leaves_a_head_of_its_own_alone():
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "recipes").glob("stage*.yaml")), ids=lambda path: path.stem)
 def test_values_of_the_paper_have_their_source(path):
     lines = path.read_text().partition("# Not in the paper.")[0].splitlines()
-    values = [line for line in lines if line and not line.startswith(("#", "gradient_accumulation_steps"))]
+    values = [line for line in lines if line and not line.startswith("#")]
     assert all("Table 6" in line or "§" in line for line in values)
