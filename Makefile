@@ -25,8 +25,9 @@ $(VENV)/.installed: setup.py setup.cfg
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $@
 
+# One process for each core, each with whole files of tests, whose fixtures they share.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # mamba-ssm and causal-conv1d without their compiled parts. They lie outside the environment, because Transformers uses
 # their kernels wherever it can import them. pip must not cache the wheels, or a later installation would use them.
