@@ -3,12 +3,14 @@
     python examples/evaluate.py --model demo/model demo/data/validation.json demo/data/long.json
 
 Each list is in the LLaVA-Video format; its rows may have `kinds`, the kind of each question. Every question is asked
-on its own. "guessing" is the accuracy of the most frequent answer.
+on its own. "guessing" is the accuracy of the most frequent answer. Each core has a process with the model.
 """
 
 import argparse
 import json
 from collections import Counter, defaultdict
+from concurrent.futures import Executor, ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from transformers import pipeline
@@ -16,19 +18,30 @@ from transformers import pipeline
 from transformers_ma2mba import conversation_to_messages
 
 
-def evaluate(qa, path: Path) -> dict[str, dict[str, float]]:
+def load(model: str):
+    """Load the pipeline of this process."""
+    global qa
+    qa = pipeline("video-question-answering", model=model)
+
+
+def ask(path: Path, row: dict) -> list[tuple[str, str, str]]:
+    """Return the kind, the right answer and the given answer of each question of a row."""
+    messages = conversation_to_messages(row)
+    questions, expected = (
+        [message["content"][-1]["text"] for message in messages if message["role"] == role]
+        for role in ("user", "assistant")
+    )
+    given = qa.watch(str(path.parent / row["video"]), progress=False).ask(questions)
+    kinds = row.get("kinds", [""] * len(questions))
+    return [(*pair, entry["answer"]) for *pair, entry in zip(kinds, expected, given, strict=True)]
+
+
+def evaluate(pool: Executor, path: Path) -> dict[str, dict[str, float]]:
     """Return accuracy and guessing rate of each kind of question, and of all questions under "all"."""
     answers = defaultdict(list)
-    rows = json.loads(path.read_text())
-    for row in rows:
-        messages = conversation_to_messages(row)
-        questions, expected = (
-            [message["content"][-1]["text"] for message in messages if message["role"] == role]
-            for role in ("user", "assistant")
-        )
-        given = qa.watch(str(path.parent / row["video"]), progress=False).ask(questions)
-        for kind, right, entry in zip(row.get("kinds", [""] * len(questions)), expected, given, strict=True):
-            answers[kind].append((right, entry["answer"]))
+    for answered in pool.map(partial(ask, path), json.loads(path.read_text())):
+        for kind, right, given in answered:
+            answers[kind].append((right, given))
     results = {}
     for kind, pairs in sorted(answers.items()):
         most_frequent = Counter(right for right, _ in pairs).most_common(1)[0][1]
@@ -52,10 +65,10 @@ def main():
     parser.add_argument("--output_file", type=Path, help="where to write the figures as JSON")
     parser.add_argument("files", type=Path, nargs="+")
     args = parser.parse_args()
-    qa = pipeline("video-question-answering", model=args.model)
     stems = Counter(path.stem for path in args.files)
     names = [path.stem if stems[path.stem] == 1 else str(path) for path in args.files]
-    results = {name: evaluate(qa, path) for name, path in zip(names, args.files, strict=True)}
+    with ProcessPoolExecutor(initializer=load, initargs=(args.model,)) as pool:
+        results = {name: evaluate(pool, path) for name, path in zip(names, args.files, strict=True)}
     if args.output_file:
         args.output_file.write_text(json.dumps(results, indent=1) + "\n")
 
