@@ -309,3 +309,10 @@ def test_check_data_without_any_good_row(lists, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["check-data", str(lists / "bad.jsonl"), "--preset", "3.1b"])
     assert "bad.jsonl, row 1" in capsys.readouterr().err
+
+
+def test_check_data_without_the_library(lists, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["check-data", str(lists / "good.json"), "--preset", "3.1b"])
+    assert capsys.readouterr().err.endswith("pip install datasets, or transformers_ma2mba[train].\n")

@@ -62,7 +62,7 @@ def reported(parser: argparse.ArgumentParser, run):
         try:
             with _printed_warnings(parser.prog):
                 run(options)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             parser.error(str(error))
         except KeyboardInterrupt:
             print(f"{parser.prog}: interrupted", file=sys.stderr)
