@@ -5,6 +5,7 @@ run finds the newest checkpoint unfinished; its folder is named like the first o
 the third one, with `_stopped`, the last process has a gradient that is not finite, in its first batch.
 """
 
+import os
 import runpy
 import shutil
 import sys
@@ -46,7 +47,8 @@ def train_with_broken_gradient(*words):
     try:
         train(*words)
     except SystemExit as end:
-        print(f"Process {state.process_index} stopped: {end.code}", flush=True)
+        # In one write, which another process's output cannot interrupt; print writes the end of the line on its own.
+        os.write(sys.stdout.fileno(), f"\nProcess {state.process_index} stopped: {end.code}\n".encode())
 
 
 def main():
