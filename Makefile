@@ -61,6 +61,7 @@ demo: $(VENV)/.installed
 	$(LAUNCH) examples/train.py examples/recipes/demo_minutes.yaml --seed $(SEED) \
 		--model_name_or_path $(DEMO)/clips --output_dir $(DEMO)/minutes \
 		--train_file $(DEMO)/data/train_minutes.json --keep_features $(DEMO)/features
+	rm -rf $(DEMO)/day/model  # `make day` would go on with what an earlier model has learned
 	$(LAUNCH) examples/train.py examples/recipes/demo_hours.yaml --seed $(SEED) \
 		--model_name_or_path $(DEMO)/minutes --output_dir $(DEMO)/model \
 		--train_file $(DEMO)/data/train_hours.json --keep_features $(DEMO)/features

@@ -51,7 +51,7 @@ def add(commands):
 
 def _report(options: argparse.Namespace) -> tuple[dict, str]:
     """Read the lists; arrange what is found for JSON, and the plan for the longest row for people."""
-    config, count_text = _model(options)
+    config, fps, count_text = _model(options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the report has all of them
         broken = BrokenSamples()
@@ -62,7 +62,7 @@ def _report(options: argparse.Namespace) -> tuple[dict, str]:
             interleave=options.interleave,
             broken=broken,
         )
-        found = check_rows(rows, config.frame_rate, config.tokens_per_frame, count_text, broken, options.decode)
+        found = check_rows(rows, fps, config.tokens_per_frame, count_text, broken, options.decode)
     report = {
         "rows": len(found.lengths),
         "answers": found.num_answers,
@@ -78,30 +78,32 @@ def _report(options: argparse.Namespace) -> tuple[dict, str]:
         report["hours_per_epoch"] = report["tokens"]["total"] / options.tokens_per_second / 3600
     if (longest := found.longest) is None:
         return report, ""
-    step = _step(options, config, longest)
+    step = _step(options, config, fps, longest)
     memory = plan.training_memory(step)
     report["longest"] = {**dataclasses.asdict(longest), "plan": plan.report(step, memory)}
     return report, plan.table(step, memory)
 
 
-def _model(options: argparse.Namespace) -> tuple[Ma2mbaConfig, Callable[[list[dict]], int]]:
-    """Return the model's configuration, and a function that counts the tokens of a row's text."""
+def _model(options: argparse.Namespace) -> tuple[Ma2mbaConfig, float, Callable[[list[dict]], int]]:
+    """Return the model's configuration, its frame rate in training, and a function that counts a row's text tokens."""
     if options.preset is not None:
-        return Ma2mbaConfig.from_preset(options.preset), lambda messages: 0
+        config = Ma2mbaConfig.from_preset(options.preset)
+        return config, config.frame_rate, lambda messages: 0
     config = read_config(options.model, "check-data", ("ma2mba",))
     processor = AutoProcessor.from_pretrained(options.model)
     # A placeholder stands for each file in the text.
-    return config, lambda messages: count_text_tokens(processor, messages) - len(files_in(messages))
+    fps = processor.video_processor.fps
+    return config, fps, lambda messages: count_text_tokens(processor, messages) - len(files_in(messages))
 
 
-def _step(options: argparse.Namespace, config: Ma2mbaConfig, longest: RowLength) -> argparse.Namespace:
+def _step(options: argparse.Namespace, config: Ma2mbaConfig, fps: float, longest: RowLength) -> argparse.Namespace:
     """Return the options of `plan` for a step on a row."""
     text_tokens = longest.tokens - longest.frames * config.tokens_per_frame
     if longest.frames:
-        length = {"seconds": longest.frames / config.frame_rate, "tokens": None, "text_tokens": text_tokens}
+        length = {"seconds": longest.frames / fps, "tokens": None, "text_tokens": text_tokens}
     else:
         length = {"seconds": None, "tokens": longest.tokens, "text_tokens": 0}
-    return argparse.Namespace(**vars(options), **length, batch_size=1, fps=config.frame_rate)
+    return argparse.Namespace(**vars(options), **length, batch_size=1, fps=fps)
 
 
 def _table(options: argparse.Namespace, report: dict, longest_plan: str) -> str:

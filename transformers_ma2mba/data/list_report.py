@@ -5,14 +5,17 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from transformers.utils.logging import tqdm
 
-from ..video import Clip, VideoReadError, iter_frames, probe
+from ..video import Clip, VideoReadError, iter_frames
 from .broken_samples import BrokenSamples, sample_name
 from .conversations import conversation_to_learn, files_in
 from .images import ImageReadError, read_image
+from .token_batches import seconds_of_file
 
 
 @dataclass(frozen=True)
@@ -84,20 +87,14 @@ def check_rows(
         broken_samples: has the records that were malformed already, and gets the rows that cannot be read.
         whole: decode each film to its end, instead of its first frame only.
     """
-    report, messages_of_rows = ListReport(), []
+    report, used = ListReport(), set()
+    files = _examine(rows, fps, whole)
+    report.notes = [(os.fspath(path), note) for (_, path), file in files.items() for note in file.notes]
     for row in rows:
+        blocks = []
         try:
             messages = conversation_to_learn(row)
-        except ValueError as error:
-            broken_samples.add(sample_name(row), error)
-            continue
-        messages_of_rows.append((row, messages))
-    files = _examine(messages_of_rows, fps, whole)
-    report.notes = [(os.fspath(path), note) for (_, path), file in files.items() for note in file.notes]
-    used = set()
-    for row, messages in messages_of_rows:
-        blocks = files_in(messages)
-        try:
+            blocks = files_in(messages)
             seconds = [_seconds(block, files[block["type"], block["path"]]) for block in blocks]
         except ValueError as error:
             broken_samples.add(sample_name(row), error, [block["path"] for block in blocks])
@@ -114,41 +111,41 @@ def check_rows(
     return report
 
 
-def _examine(messages_of_rows: list, fps: float, whole: bool) -> dict[tuple[str, str], _File]:
+def _examine(rows: Iterable[dict], fps: float, whole: bool) -> dict[tuple[str, str], _File]:
     """Read each file once."""
-    paths = dict.fromkeys((b["type"], b["path"]) for _, messages in messages_of_rows for b in files_in(messages))
-    if whole:  # FFmpeg decodes with several threads; warnings belong to the whole process
-        examined = (_decode(path, fps) if kind == "video" else _read_image(path) for kind, path in paths)
-        return dict(zip(paths, tqdm(examined, desc="Reading files", total=len(paths), delay=2), strict=True))
+    keys = {}
+    for row in rows:
+        with suppress(ValueError):  # the second pass names malformed rows
+            keys.update(
+                dict.fromkeys((block["type"], block["path"]) for block in files_in(conversation_to_learn(row)))
+            )
+    show = partial(tqdm, desc="Reading files" if whole else "Opening files", total=len(keys), delay=2)
+    if whole:  # one after the other: warnings belong to the whole process, and FFmpeg decodes with several threads
+        return {key: _read(*key, _decode, fps) for key in show(keys)}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        examined = pool.map(lambda key: _probe(key[1], fps) if key[0] == "video" else _read_image(key[1]), paths)
-        return dict(zip(paths, tqdm(examined, desc="Opening files", total=len(paths), delay=2), strict=True))
+        read = pool.map(lambda key: _read(*key, _open, fps), keys)
+        return dict(zip(keys, show(read), strict=True))
 
 
-def _probe(path: str, fps: float) -> _File:
+def _read(kind: str, path: str, read_film: Callable[[str, float], _File], fps: float) -> _File:
     try:
-        seconds = probe(path).duration
-    except (OSError, VideoReadError) as error:
+        if kind == "video":
+            return read_film(path, fps)
+        read_image(path)
+        return _File()
+    except (OSError, VideoReadError, ImageReadError) as error:
         return _File(reason=str(error))
-    return _decode(path, fps) if seconds is None else _File(seconds)
+
+
+def _open(path: str, fps: float) -> _File:
+    return _File(seconds_of_file(path, fps))
 
 
 def _decode(path: str, fps: float) -> _File:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        try:
-            seconds = sum(1 for _ in iter_frames(path, fps)) / fps
-        except (OSError, VideoReadError) as error:
-            return _File(reason=str(error))
+        seconds = sum(1 for _ in iter_frames(path, fps)) / fps
     return _File(seconds, notes=tuple(str(warning.message) for warning in caught))
-
-
-def _read_image(path: str) -> _File:
-    try:
-        read_image(path)
-    except (OSError, ImageReadError) as error:
-        return _File(reason=str(error))
-    return _File()
 
 
 def _seconds(block: dict, file: _File) -> float:

@@ -62,12 +62,12 @@ def batches_by_tokens(
 
 def _with_lengths(rows, processor, folder, broken_samples: BrokenSamples | None) -> tuple[list[dict], list[int]]:
     """The rows that are not broken, and the number of tokens of each."""
-    seconds_of_file = cache(_seconds_of_file)  # many rows may ask about one film
+    length_of_file = cache(seconds_of_file)  # many rows may ask about one film
     kept, lengths = [], []
     for row in rows:
         # A row that training has found to be broken stays: a run that is resumed needs the same batches again.
         try:
-            lengths.append(_count_tokens(row, processor, folder, seconds_of_file))
+            lengths.append(_count_tokens(row, processor, folder, length_of_file))
         except (ValueError, FileNotFoundError) as error:
             if broken_samples is None:
                 raise
@@ -79,16 +79,14 @@ def _with_lengths(rows, processor, folder, broken_samples: BrokenSamples | None)
     return kept, lengths
 
 
-def _count_tokens(
-    row: dict, processor: Ma2mbaProcessor, folder, seconds_of_file: Callable[[str, float], float]
-) -> int:
+def _count_tokens(row: dict, processor: Ma2mbaProcessor, folder, length_of_file: Callable[[str, float], float]) -> int:
     """The number of tokens of a row, for its video as long as its row or its file says."""
     messages = conversation_to_learn(row, folder)
     num_tokens, fps = count_text_tokens(processor, messages), processor.video_processor.fps
     for block in files_in(messages):
         num_frames = 1
         if block["type"] == "video":
-            num_frames = math.ceil(_seconds_of(block, _stated_seconds(row), fps, seconds_of_file) * fps)
+            num_frames = math.ceil(_seconds_of(block, _stated_seconds(row), fps, length_of_file) * fps)
         num_tokens += num_frames * processor.tokens_per_frame
     return num_tokens
 
@@ -99,10 +97,10 @@ def count_text_tokens(processor: Ma2mbaProcessor, messages: list[dict]) -> int:
     return len(processor.tokenizer(text)["input_ids"])
 
 
-def _seconds_of(block: dict, stated: float | None, fps: float, seconds_of_file: Callable) -> float:
+def _seconds_of(block: dict, stated: float | None, fps: float, length_of_file: Callable) -> float:
     start, end = block.get("start") or 0, block.get("end")
     if end is None:
-        return max((stated or seconds_of_file(block["path"], fps)) - start, 1 / fps)
+        return max((stated or length_of_file(block["path"], fps)) - start, 1 / fps)
     return min(end - start, stated or math.inf)
 
 
@@ -115,6 +113,12 @@ def _stated_seconds(row: dict) -> float | None:
     return seconds
 
 
-def _seconds_of_file(path: str, fps: float) -> float:
+def seconds_of_file(path: str | os.PathLike, fps: float) -> float:
+    """Return the length of a film: what its file states, or else that of its frames, all decoded at `fps`.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        VideoReadError: if it is not a video that can be decoded.
+    """
     seconds = probe(path).duration
     return sum(1 for _ in iter_frames(path, fps)) / fps if seconds is None else seconds
