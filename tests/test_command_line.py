@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import ROOT, approximately, tiny_text_config
-from transformers import AutoModel
+from transformers import AutoModel, AutoProcessor
 from video_files import write_index_video
 
 from transformers_ma2mba.command_line import main
@@ -316,3 +316,13 @@ def test_check_data_without_the_library(lists, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="2"):
         main(["check-data", str(lists / "good.json"), "--preset", "3.1b"])
     assert capsys.readouterr().err.endswith("pip install datasets, or transformers_ma2mba[train].\n")
+
+
+def test_check_data_samples_as_the_processor_does(lists, checkpoint, tmp_path, capsys):
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    processor.video_processor.fps = 2.0
+    AutoModel.from_pretrained(checkpoint).save_pretrained(tmp_path / "faster")
+    processor.save_pretrained(tmp_path / "faster")
+    assert main(["check-data", str(lists / "good.json"), "--model", str(tmp_path / "faster"), "--json"]) == 0
+    longest = json.loads(capsys.readouterr().out)["longest"]
+    assert longest["frames"] == 18 and longest["plan"]["frames"] == 18  # nine seconds
